@@ -1,0 +1,108 @@
+"""The nouns: tensors that travel together, their shapes said once, and the checks that refuse wrong ones.
+
+H heads (the batch folded in), N tokens, D head dim, C clusters, Cq and Ck query and key clusters.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Clusters(NamedTuple):
+    """Tokens of every head divided by k-means."""
+
+    labels: Tensor
+    """int32 [H, N]: the cluster of each token."""
+    centroids: Tensor
+    """fp32 [H, C, D]: the mean of each cluster's tokens; an empty cluster keeps the centroid it had."""
+    sizes: Tensor
+    """int32 [H, C]: tokens in each cluster."""
+
+
+class Permutation(NamedTuple):
+    """A stable order of tokens by label: the tokens of a cluster are one run."""
+
+    order: Tensor
+    """int32 [H, N]: order[h, i] is the token that stands at sorted position i."""
+    offsets: Tensor
+    """int32 [H, C + 1]: cluster c is the run offsets[h, c] .. offsets[h, c + 1]."""
+
+
+class BlockMap(NamedTuple):
+    """Which (query cluster, key cluster) pairs are computed."""
+
+    selected: Tensor
+    """bool [H, Cq, Ck]; an empty key cluster is never selected."""
+
+
+class Plan(NamedTuple):
+    """What `attention` computes: the runs of both sides, the map, and the lists a backend walks. Kept while reused."""
+
+    q_offsets: Tensor
+    """int32 [H, Cq + 1]."""
+    k_offsets: Tensor
+    """int32 [H, Ck + 1]."""
+    block_map: BlockMap
+    """bool [H, Cq, Ck]."""
+    lists: tuple[Tensor, ...] = ()
+    """Made by a backend's `plan` for its own `attention`; the reference needs none."""
+
+
+class Tail(NamedTuple):
+    """Stand-ins for the key clusters that a query cluster does not compute (one extra column per cluster)."""
+
+    k_mean: Tensor
+    """fp32 [H, Ck, D]: mean key."""
+    v_mean: Tensor
+    """fp32 [H, Ck, D]: mean value."""
+    log_n: Tensor
+    """fp32 [H, Ck]: natural log of the cluster's size; -inf for an empty cluster."""
+
+
+def check_rows(name: str, x: Tensor) -> tuple[int, int, int]:
+    """Returns (H, N, D) of a floating [H, N, D] tensor.
+
+    Raises:
+        ValueError: `x` has another number of dimensions or is not floating.
+    """
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating [H, N, D] tensor, not {x.dtype} {list(x.shape)}")
+    return x.shape[0], x.shape[1], x.shape[2]
+
+
+def check_index(name: str, index: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `index` is an int32 tensor of `shape`."""
+    if index.dtype != torch.int32 or tuple(index.shape) != shape:
+        raise ValueError(f"{name} must be int32 {list(shape)}, not {index.dtype} {list(index.shape)}")
+
+
+def check_plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> tuple[int, int, int]:
+    """Returns (H, Cq, Ck) of the inputs of `plan`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the others; the message names it.
+    """
+    H, Cq, Ck = block_map.selected.shape
+    if block_map.selected.dtype != torch.bool:
+        raise ValueError(f"block_map must be bool [H, Cq, Ck], not {block_map.selected.dtype}")
+    check_index("q_offsets", q_offsets, (H, Cq + 1))
+    check_index("k_offsets", k_offsets, (H, Ck + 1))
+    return H, Cq, Ck
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[int, int, int, int]:
+    """Returns (H, Nq, Nk, D) of the inputs of `attention`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the others; the message names it.
+    """
+    H, Nq, D = check_rows("q", q)
+    Nk = k.shape[1] if k.ndim == 3 else -1
+    if tuple(k.shape) != (H, Nk, D) or v.shape != k.shape:
+        raise ValueError(f"k and v must both be [{H}, Nk, {D}], not {list(k.shape)} and {list(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if plan.q_offsets.shape[0] != H:
+        raise ValueError(f"the plan is for {plan.q_offsets.shape[0]} heads, q has {H}")
+    return H, Nq, Nk, D

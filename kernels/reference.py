@@ -1,0 +1,226 @@
+"""Every op of `kernels` in plain fp32 PyTorch: what the fast versions are tested against, and the CPU's own path.
+
+Names and signatures are those of the fast versions. Matrix products are taken in fp32 whatever the input's dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from semvid.kernels.layout import (
+    BlockMap,
+    Permutation,
+    Plan,
+    Tail,
+    check_attention,
+    check_index,
+    check_plan,
+    check_rows,
+)
+
+# Scores of this many (query, key) pairs are held at once: 64 Mi pairs are 256 MB in fp32.
+PAIRS_AT_ONCE = 1 << 26
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Returns the nearest centroid of every token in Euclidean distance, int32 [H, N]; ties go to the smaller index.
+
+    ‖x - c‖² is compared without its constant ‖x‖²: the label is argmax of x·c - ‖c‖²/2.
+
+    Args:
+        x: [H, N, D], any floating dtype.
+        centroids: fp32 [H, C, D].
+    """
+    H, N, _ = check_rows("x", x)
+    C = centroids.shape[1]
+    half_norms = centroids.square().sum(-1).mul(0.5)
+    labels = torch.empty(H, N, dtype=torch.int32, device=x.device)
+    rows = max(1, PAIRS_AT_ONCE // max(1, H * C))
+    for start in range(0, N, rows):
+        part = x[:, start : start + rows].float()
+        closeness = torch.baddbmm(half_norms[:, None, :], part, centroids.mT, beta=-1)
+        labels[:, start : start + rows] = closeness.argmax(-1).to(torch.int32)
+    return labels
+
+
+def cluster_sums(x: Tensor, labels: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """Returns the sum of each cluster's tokens, fp32 [H, C, D], and their number, int32 [H, C].
+
+    Args:
+        x: [H, N, D], any floating dtype.
+        labels: int32 [H, N], each in 0 .. C - 1.
+        C: number of clusters.
+    """
+    H, N, D = check_rows("x", x)
+    check_index("labels", labels, (H, N))
+    rows = labels.long() + torch.arange(H, device=x.device)[:, None] * C
+    sums = torch.zeros(H * C, D, dtype=torch.float32, device=x.device)
+    sums.index_add_(0, rows.flatten(), x.float().reshape(H * N, D))
+    counts = torch.zeros(H * C, dtype=torch.int32, device=x.device)
+    counts.index_add_(0, rows.flatten(), torch.ones(H * N, dtype=torch.int32, device=x.device))
+    return sums.view(H, C, D), counts.view(H, C)
+
+
+def group(labels: Tensor, C: int) -> Permutation:
+    """Returns the stable permutation that makes each cluster one run.
+
+    Args:
+        labels: int32 [H, N], each in 0 .. C - 1.
+        C: number of clusters.
+    """
+    H, N = labels.shape
+    check_index("labels", labels, (H, N))
+    order = torch.argsort(labels, dim=-1, stable=True).to(torch.int32)
+    bounds = torch.arange(C + 1, dtype=torch.int32, device=labels.device).expand(H, C + 1).contiguous()
+    sorted_labels = torch.gather(labels, 1, order.long())
+    return Permutation(order, torch.searchsorted(sorted_labels, bounds, out_int32=True))
+
+
+def gather_rows(x: Tensor, order: Tensor) -> Tensor:
+    """Returns the rows of x in sorted order: out[h, i] = x[h, order[h, i]].
+
+    Args:
+        x: [H, N, D].
+        order: int32 [H, n].
+    """
+    check_rows("x", x)
+    return torch.gather(x, 1, order.long()[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def scatter_rows(x: Tensor, order: Tensor) -> Tensor:
+    """Returns the rows of x back in token order: out[h, order[h, i]] = x[h, i]. The inverse of `gather_rows`.
+
+    Args:
+        x: [H, N, D].
+        order: int32 [H, N], a permutation of each head's tokens.
+    """
+    check_rows("x", x)
+    return torch.empty_like(x).scatter_(1, order.long()[..., None].expand_as(x), x)
+
+
+def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: float, floor: float) -> BlockMap:
+    """Returns the key clusters each query cluster computes: the fewest whose estimated attention mass reaches p.
+
+    The mass of key cluster j for query cluster i is P_ij = n_j·exp(S_ij) / Σ_k n_k·exp(S_ik), S = Qc·Kcᵀ/√D
+    (Sparse VideoGen2, arXiv 2505.18875). Clusters are taken in falling order of P, ties by index, up to and with
+    the one that crosses p, and at least ⌈floor·Ck⌉ of them. With p = 1 every non-empty cluster is taken, by
+    definition and not by a rounded sum.
+
+    Args:
+        q_centroids: fp32 [H, Cq, D].
+        k_centroids: fp32 [H, Ck, D].
+        k_sizes: int32 [H, Ck], tokens in each key cluster (over all ranks).
+        p: mass to reach, 0 < p <= 1.
+        floor: least share of key clusters kept, 0 <= floor <= 1.
+    """
+    H, Cq, D = check_rows("q_centroids", q_centroids)
+    Ck = k_centroids.shape[1]
+    check_index("k_sizes", k_sizes, (H, Ck))
+    occupied = (k_sizes > 0)[:, None, :].expand(H, Cq, Ck)
+    if p >= 1.0:
+        return BlockMap(occupied.contiguous())
+    scores = q_centroids @ k_centroids.mT / math.sqrt(D) + k_sizes.float().log()[:, None, :]
+    mass, ranked = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = mass.cumsum(-1) - mass
+    # Rounded first, so that 0.1 · 1000 keeps 100 clusters and not 101.
+    least = math.ceil(round(floor * Ck, 6))
+    keep = (before < p) | (torch.arange(Ck, device=mass.device) < least)
+    selected = torch.zeros_like(keep).scatter_(-1, ranked, keep)
+    return BlockMap(selected & occupied)
+
+
+def density(block_map: BlockMap, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
+    """Returns the share of token pairs that the map computes, fp32 [H] (1 is dense).
+
+    Args:
+        block_map: the map, [H, Cq, Ck].
+        q_sizes: int32 [H, Cq].
+        k_sizes: int32 [H, Ck].
+    """
+    q, k = q_sizes.double(), k_sizes.double()
+    computed = torch.einsum("hq,hqk,hk->h", q, block_map.selected.double(), k)
+    return (computed / (q.sum(-1) * k.sum(-1)).clamp(min=1)).float()
+
+
+def plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> Plan:
+    """Returns the plan of `attention` for these runs and this map; the reference adds no lists.
+
+    Args:
+        q_offsets: int32 [H, Cq + 1].
+        k_offsets: int32 [H, Ck + 1].
+        block_map: bool [H, Cq, Ck].
+    """
+    check_plan(q_offsets, k_offsets, block_map)
+    return Plan(q_offsets, k_offsets, block_map)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    q_order: Tensor | None = None,
+    tail: Tail | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns softmax(scale·q·kᵀ)·v over the selected blocks, in q's dtype, and the natural-log lse, fp32 [H, Nq].
+
+    A query row whose cluster selects nothing (and has no tail) gets out 0 and lse -inf.
+
+    Args:
+        q: [H, Nq, D], grouped by query cluster, or in token order if `q_order` is given.
+        k: [H, Nk, D], grouped by key cluster.
+        v: [H, Nk, D], grouped by key cluster.
+        plan: the runs of both sides and the map, from `plan`.
+        q_order: int32 [H, Nq]: with it q is read, and out and lse are returned, in token order.
+        tail: what stands in for key clusters that are not selected, in the same softmax.
+        scale: factor of the scores; 1/√D if absent.
+    """
+    H, Nq, Nk, D = check_attention(q, k, v, plan)
+    if q_order is not None:
+        grouped, lse = attention(gather_rows(q, q_order), k, v, plan, tail=tail, scale=scale)
+        return scatter_rows(grouped, q_order), scatter_rows(lse[..., None], q_order)[..., 0]
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    out = torch.empty(H, Nq, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(H, Nq, dtype=torch.float32, device=q.device)
+    columns = Nk + (0 if tail is None else tail.log_n.shape[1])
+    rows = max(1, PAIRS_AT_ONCE // max(1, columns))
+    for h in range(H):
+        q_cluster, k_cluster = _cluster_of_row(plan.q_offsets[h], Nq), _cluster_of_row(plan.k_offsets[h], Nk)
+        keys, values = k[h].float(), v[h].float()
+        for start in range(0, Nq, rows):
+            part = slice(start, start + rows)
+            selected = plan.block_map.selected[h][q_cluster[part]]
+            scores = (q[h, part].float() @ keys.mT).mul_(scale)
+            scores.masked_fill_(~selected[:, k_cluster], -math.inf)
+            mixed = values
+            if tail is not None:
+                stand_in = (q[h, part].float() @ tail.k_mean[h].mT) * scale + tail.log_n[h]
+                scores = torch.cat([scores, stand_in.masked_fill_(selected, -math.inf)], dim=-1)
+                mixed = torch.cat([values, tail.v_mean[h]])
+            lse[h, part] = torch.logsumexp(scores, dim=-1)
+            # exp(-inf - -inf) is NaN; a row without keys has weight 0 everywhere.
+            shift = lse[h, part, None].nan_to_num(neginf=0.0)
+            out[h, part] = scores.sub_(shift).exp_() @ mixed
+    return out.to(q.dtype), lse
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns attention over the union of two disjoint key sets from the results over each: (out, lse).
+
+    Args:
+        out_a: [H, N, D]; out_b likewise.
+        lse_a: fp32 natural-log lse [H, N]; lse_b likewise. -inf: that part held no key.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    shift = lse.nan_to_num(neginf=0.0)
+    weight_a, weight_b = (lse_a - shift).exp()[..., None], (lse_b - shift).exp()[..., None]
+    return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
+
+
+def _cluster_of_row(offsets: Tensor, N: int) -> Tensor:
+    """Returns the cluster of each grouped row, int64 [N], of one head's offsets [C + 1]."""
+    rows = torch.arange(N, dtype=torch.int32, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), rows, right=True)

@@ -1,0 +1,49 @@
+"""Fixtures for every test. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Read by triton at import, so before any test imports a kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs more GPUs than there are, and says so."""
+    num_gpus = torch.cuda.device_count()
+    for item in items:
+        if "multigpu" in item.keywords and num_gpus < 2:
+            item.add_marker(pytest.mark.skip(reason=f"needs two or more NVIDIA GPUs; there are {num_gpus}"))
+        elif "gpu" in item.keywords and num_gpus < 1:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; there is none"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one, else the CPU (in the interpreter)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what torch.empty and torch.empty_like return with NaN (integers with a wild value): unwritten shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+
+
+def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        x = allocate(*args, **kwargs)
+        if x.is_meta or x.is_complex() or x.dtype in (torch.bool, torch.uint8):
+            return x
+        return x.fill_(math.nan if x.is_floating_point() else -7777 if x.element_size() > 1 else -77)
+
+    return poisoned
