@@ -19,8 +19,9 @@ from semvid.kernels.layout import (
     check_rows,
 )
 
-# Scores of this many (query, key) pairs are held at once: 64 Mi pairs are 256 MB in fp32.
-PAIRS_AT_ONCE = 1 << 26
+# Scores of this many (row, column) pairs are held at once: what stays in a CPU's cache, and 256 MB on a GPU.
+CPU_PAIRS_AT_ONCE = 1 << 18
+GPU_PAIRS_AT_ONCE = 1 << 26
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     C = centroids.shape[1]
     half_norms = centroids.square().sum(-1).mul(0.5)
     labels = torch.empty(H, N, dtype=torch.int32, device=x.device)
-    rows = max(1, PAIRS_AT_ONCE // max(1, H * C))
+    rows = max(1, _pairs_at_once(x.device) // max(1, H * C))
     for start in range(0, N, rows):
         part = x[:, start : start + rows].float()
         closeness = torch.baddbmm(half_norms[:, None, :], part, centroids.mT, beta=-1)
@@ -186,24 +187,28 @@ def attention(
     out = torch.empty(H, Nq, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(H, Nq, dtype=torch.float32, device=q.device)
     columns = Nk + (0 if tail is None else tail.log_n.shape[1])
-    rows = max(1, PAIRS_AT_ONCE // max(1, columns))
+    rows = max(1, _pairs_at_once(q.device) // max(1, columns))
     for h in range(H):
         q_cluster, k_cluster = _cluster_of_row(plan.q_offsets[h], Nq), _cluster_of_row(plan.k_offsets[h], Nk)
+        selected, queries = plan.block_map.selected[h], q[h].float() * scale
+        # One row a query cluster and one column a key; the rows of a cluster share it.
+        skipped = ~selected[:, k_cluster]
         keys, values = k[h].float(), v[h].float()
+        if tail is not None:
+            skipped = torch.cat([skipped, selected], dim=1)
+            keys, values = torch.cat([keys, tail.k_mean[h]]), torch.cat([values, tail.v_mean[h]])
         for start in range(0, Nq, rows):
             part = slice(start, start + rows)
-            selected = plan.block_map.selected[h][q_cluster[part]]
-            scores = (q[h, part].float() @ keys.mT).mul_(scale)
-            scores.masked_fill_(~selected[:, k_cluster], -math.inf)
-            mixed = values
+            scores = queries[part] @ keys.mT
             if tail is not None:
-                stand_in = (q[h, part].float() @ tail.k_mean[h].mT) * scale + tail.log_n[h]
-                scores = torch.cat([scores, stand_in.masked_fill_(selected, -math.inf)], dim=-1)
-                mixed = torch.cat([values, tail.v_mean[h]])
-            lse[h, part] = torch.logsumexp(scores, dim=-1)
-            # exp(-inf - -inf) is NaN; a row without keys has weight 0 everywhere.
-            shift = lse[h, part, None].nan_to_num(neginf=0.0)
-            out[h, part] = scores.sub_(shift).exp_() @ mixed
+                scores[:, Nk:] += tail.log_n[h]
+            scores.masked_fill_(skipped[q_cluster[part]], -math.inf)
+            # A row without keys has maximum -inf; -inf - -inf would be NaN.
+            top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            lse[h, part] = (top + total.log())[:, 0]
+            out[h, part] = (weights @ values).div_(total.clamp_(min=torch.finfo(torch.float32).tiny))
     return out.to(q.dtype), lse
 
 
@@ -218,6 +223,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     shift = lse.nan_to_num(neginf=0.0)
     weight_a, weight_b = (lse_a - shift).exp()[..., None], (lse_b - shift).exp()[..., None]
     return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
+
+
+def _pairs_at_once(device: torch.device) -> int:
+    return CPU_PAIRS_AT_ONCE if device.type == "cpu" else GPU_PAIRS_AT_ONCE
 
 
 def _cluster_of_row(offsets: Tensor, N: int) -> Tensor:

@@ -1,0 +1,196 @@
+"""The command line: `semvid run | compare | doctor`. Everything that is wrong is said in one line, before any work."""
+
+import argparse
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from semvid.launch import env
+from semvid.runtime import config as configs
+from semvid.runtime import folder as folders
+from semvid.runtime import job as jobs
+from semvid.runtime.config import AttentionConfig, Config, ModelConfig
+
+VIDEO_OPTIONS = ("prompt", "seed", "steps", "height", "width", "frames", "guidance", "negative_prompt")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with every error in one line, the nearest known option named, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message in one line and exits with 2."""
+        message = message.removeprefix("argument ")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def refuse_unknown(self, unknown: Sequence[str]) -> None:
+        """Exits if there are words that no option took."""
+        if not unknown:
+            return
+        word = unknown[0].split("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word, known, n=1)
+        if not word.startswith("-"):
+            self.error(f"unknown word {word!r} after the prompt; a prompt of several words stands in quotes")
+        self.error(f"unknown option {word!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    env.prepare()
+    parser, commands = _parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+        if args.command is None:
+            parser.print_help()
+            return 2
+        commands[args.command].refuse_unknown(unknown)
+        command: Callable[[argparse.Namespace], None] = args.run
+        command(args)
+        return 0
+    except (ValueError, FileExistsError, PermissionError) as error:
+        print(f"semvid: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsemvid: interrupted; the job folder says how far it came", file=sys.stderr)
+        return 130
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    about = "Video from diffusion transformers with semantic sparse attention."
+    parser = Parser("semvid", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"semvid {env.versions()['semvid']}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    run = commands.add_parser("run", help="make a video", allow_abbrev=False, description="Make a video.")
+    _add_job_options(run)
+    preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
+    run.add_argument("--preset", metavar="NAME", help=preset)
+    run.set_defaults(run=_run)
+    compare = commands.add_parser(
+        "compare",
+        help="make a video with two presets and measure how alike they are",
+        description="Make a video with two presets from the same seed; PSNR, SSIM, latent error, density, times.",
+        allow_abbrev=False,
+    )
+    _add_job_options(compare)
+    compare.add_argument(
+        "--preset", metavar="A", default=Config().preset, help=f"the one to judge: {_presets()} (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--against", metavar="B", default="dense", help=f"the yardstick: {_presets()} (default: %(default)s)"
+    )
+    compare.set_defaults(run=_compare)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine can run and what is missing",
+        description="Say what this machine can run, what is missing and the command that brings it.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
+    doctor.set_defaults(run=_doctor)
+    return parser, {"run": run, "compare": compare, "doctor": doctor}
+
+
+def _presets() -> str:
+    return f"{', '.join(configs.presets())}, or a TOML file with [attention]"
+
+
+def _add_job_options(parser: Parser) -> None:
+    """Adds what describes a job. Defaults are the checkpoint's own, then those of the config classes."""
+    text = "default: the checkpoint's"
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"what is to be seen ({text}, if it has one)")
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a diffusers checkpoint folder (default: demo, the small model semvid carries)")
+    add("--config", metavar="FILE", type=Path, help="a TOML file: preset, [model], [video], [attention]; or a job.toml")
+    add("--seed", type=int, help="of the noise and the first centroids (default: 0)")
+    add("--steps", type=int, help=f"denoising steps ({text})")
+    add("--height", type=int, help=f"pixels ({text})")
+    add("--width", type=int, help=f"pixels ({text})")
+    add("--frames", type=int, help=f"frames, 4k + 1 ({text})")
+    add("--guidance", type=float, help=f"classifier-free guidance; 1 or less: none ({text})")
+    add("--negative-prompt", metavar="TEXT", help="what is not to be seen (default: nothing)")
+    add("--device", choices=_choices(ModelConfig, "device"), help="default: auto, the GPU if there is one")
+    add("--dtype", choices=_choices(ModelConfig, "dtype"), help="default: auto, bf16 where the device computes in it")
+    add(
+        "--backend",
+        choices=_choices(AttentionConfig, "backend"),
+        help="sparse attention's kernels (default: auto, the fastest here)",
+    )
+    add("--out", metavar="DIR", type=Path, help=f"the job folder (default: a new one in {jobs.DEFAULT_ROOT}/)")
+    add("--json", action="store_true", help="print one JSON object on stdout; the summary goes to stderr")
+
+
+def _choices(cls: type, field: str) -> tuple[str, ...]:
+    """Returns what a Literal field of a config class accepts."""
+    return typing.get_args(typing.get_type_hints(cls)[field])
+
+
+def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "--preset") -> Config:
+    """Returns the checked configuration of a command line; loads no model."""
+    file = configs.read_toml(args.config, "--config") if args.config else {}
+    video = {name: getattr(args, name) for name in VIDEO_OPTIONS if getattr(args, name) is not None}
+    named = {"path": args.model, "device": args.device, "dtype": args.dtype}
+    model = {name: value for name, value in named.items() if value is not None}
+    attention = {} if args.backend is None else {"backend": args.backend}
+    table = file.get("model", {})
+    path = args.model or (table.get("path") if isinstance(table, dict) else None) or ModelConfig().path
+    folder = folders.locate(str(path))
+    geometry = folders.inspect(folder)
+    options = {"video": video, "model": model, "attention": attention}
+    config = configs.resolve(
+        file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
+    )
+    folders.check(config, geometry)
+    _check_device(config)
+    return config
+
+
+def _check_device(config: Config) -> None:
+    """Raises ValueError if the device or the backend asked for is not there."""
+    if config.model.device != "cuda" and config.attention.backend == AttentionConfig().backend:
+        return
+    from semvid.kernels.dispatch import select
+    from semvid.runtime.session import resolve_device
+
+    select(config.attention.backend, resolve_device(config.model.device))
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = _config(args, args.preset)
+    job = jobs.create(args.out or jobs.default_folder(config.video.prompt), config)
+    from semvid.launch import worker
+
+    job, result = worker.run(job.folder)
+    from semvid.launch.report import as_json, say, summary
+
+    say(summary(job, result), sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(as_json(job, result, env.surroundings(result.device)), allow_nan=False))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    presets = {"preset": args.preset, "against": args.against}
+    config = {side: _config(args, name, f"--{side}") for side, name in presets.items()}
+    folder = args.out or jobs.default_folder(config["preset"].video.prompt)
+    for side in presets:
+        jobs.check_out(folder / side)
+    from semvid.launch.compare import compare, table
+
+    report = compare(folder, config)
+    print("\n".join(table(report)), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(report, allow_nan=False))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from semvid.launch.doctor import examine, lines
+
+    found: dict[str, Any] = examine()
+    print(json.dumps(found) if args.json else "\n".join(lines(found)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""What a job is told: frozen dataclasses, TOML in and out, and errors that name the option. Needs no torch.
+
+A configuration is resolved from layers, each over the one before: the defaults here, `semvid.toml` in the
+checkpoint folder, the preset, a configuration file, the command line.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEMO_MODEL = CONFIGS / "demo-model"
+
+T = TypeVar("T")
+Layer = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which checkpoint, where and in what precision."""
+
+    path: str = "demo"
+    """A diffusers checkpoint folder, or "demo": the small model that semvid carries."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": the GPU if there is one."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the transformer and the text encoder. "auto": bf16 where the device computes in it, else fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoConfig:
+    """What is to be seen."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    height: int = 480
+    """Pixels."""
+    width: int = 832
+    """Pixels."""
+    frames: int = 81
+    """Number of frames, 4k + 1."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance: float = 5.0
+    """Scale of classifier-free guidance; 1 or less runs the conditional branch alone."""
+    seed: int = 0
+    """Of the first noise and of the first centroids."""
+    fps: int = 16
+    """Frames per second of the written video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterCounts:
+    """How many clusters for sequences of about so many tokens: one row of a preset's table."""
+
+    tokens: int
+    query: int
+    key: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """How self-attention is computed."""
+
+    method: Literal["dense", "clusters"] = "clusters"
+    """"dense": the model's own attention everywhere."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """Which kernels; "auto" takes the fastest that run on the device."""
+    p: float = 0.9
+    """Share of the estimated attention mass that a query cluster's selected key clusters reach, 0 < p <= 1."""
+    floor: float = 0.1
+    """Least share of key clusters selected, 0 .. 1."""
+    dense_steps: float = 0.2
+    """Share of the steps, from the first, that stay dense; rounded down to whole steps."""
+    dense_layers: int = 1
+    """Layers, from the first, that stay dense."""
+    first_iterations: int = 50
+    """k-means iterations the first time, from random tokens."""
+    iterations: int = 2
+    """k-means iterations of a refresh, from the centroids of the step before."""
+    refresh_every: int = 1
+    """Clusters and map are refreshed every so many steps and reused in between."""
+    clusters: tuple[ClusterCounts, ...] = (ClusterCounts(tokens=75_600, query=300, key=1000),)
+    """The row nearest in tokens holds; below the smallest, its counts shrink with the square root of the tokens."""
+    query_clusters: int | None = None
+    """Overrides the table."""
+    key_clusters: int | None = None
+    """Overrides the table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole job, resolved."""
+
+    preset: str = "svg2"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+
+def presets() -> list[str]:
+    """Returns the names of the presets that semvid carries."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def read_toml(path: Path, option: str) -> dict[str, Any]:
+    """Returns a TOML file's content.
+
+    Raises:
+        ValueError: it can't be read or is no TOML; the message names `option`.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} is {str(path)!r}, which can't be read: {_reason(error)}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{option} is {str(path)!r}, which is no valid TOML: {error}") from None
+
+
+def read_preset(name: str, option: str = "--preset") -> dict[str, Any]:
+    """Returns the [attention] table of a preset: a name of `presets`, or the path of a TOML file.
+
+    Raises:
+        ValueError: no such preset or file, or the file holds something other than [attention].
+    """
+    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
+    if not name.endswith(".toml") and name not in presets():
+        known = presets()
+        raise ValueError(f"{option} is {name!r}; accepted: {', '.join(known)}, or a .toml file{_near(name, known)}")
+    layer = read_toml(path, option)
+    stray = sorted(set(layer) - {"attention"})
+    if stray:
+        raise ValueError(f"{option} is {name!r}, a file with {stray[0]!r}; a preset holds [attention] alone")
+    return dict(layer.get("attention", {}))
+
+
+def resolve(
+    file: Layer | None,
+    options: Layer,
+    *,
+    checkpoint: Layer | None = None,
+    preset: str | None = None,
+    preset_option: str = "--preset",
+) -> Config:
+    """Returns the configuration of a job from its layers.
+
+    Args:
+        file: the content of a configuration file; may name its preset.
+        options: given on the command line, as {"video": {"frames": 33}, …}.
+        checkpoint: the content of the checkpoint's `semvid.toml`, its own defaults.
+        preset: given on the command line; it replaces the file's preset and its [attention].
+        preset_option: what an error calls it.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or a value outside what is accepted; the message names the option.
+    """
+    file = dict(file or {})
+    if preset is not None:
+        file.pop("attention", None)
+    name = preset or file.get("preset", Config().preset)
+    if not isinstance(name, str):
+        raise ValueError(f"preset is {name!r}; accepted: {', '.join(presets())}, or a .toml file")
+    layers = [checkpoint or {}, {"attention": read_preset(name, preset_option)}, file, options, {"preset": name}]
+    config = _build(Config, _merged(layers), "")
+    check(config)
+    return config
+
+
+def resolved(path: Path) -> Config:
+    """Returns the configuration that `to_toml` wrote to `path`; no layer is added.
+
+    Raises:
+        ValueError: as `read_toml` and `resolve`.
+    """
+    config = _build(Config, read_toml(path, "job"), "")
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ValueError if a value is outside what is accepted, naming it; what depends on the model comes later."""
+    video, attention = config.video, config.attention
+    _require(video.prompt.strip() != "", "prompt", video.prompt, "a text that says what is to be seen")
+    for name in ("height", "width", "frames", "steps", "fps"):
+        _require(getattr(video, name) >= 1, name, getattr(video, name), "1 or more")
+    _require(math.isfinite(video.guidance) and video.guidance >= 0, "guidance", video.guidance, "0 or more")
+    _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
+    _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
+    _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
+    share = attention.dense_steps
+    _require(0 <= share <= 1, "attention.dense_steps", share, "0 .. 1, a share of the steps")
+    _require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")
+    for name in ("first_iterations", "iterations", "refresh_every"):
+        _require(getattr(attention, name) >= 1, f"attention.{name}", getattr(attention, name), "1 or more")
+    for name in ("query_clusters", "key_clusters"):
+        value = getattr(attention, name)
+        _require(value is None or value >= 1, f"attention.{name}", value, "1 or more")
+    _require(len(attention.clusters) > 0, "attention.clusters", [], "at least one row of tokens, query and key")
+    for row in attention.clusters:
+        for part in ("tokens", "query", "key"):
+            _require(getattr(row, part) >= 1, f"attention.clusters.{part}", getattr(row, part), "1 or more")
+
+
+def cluster_counts(attention: AttentionConfig, tokens: int) -> tuple[int, int]:
+    """Returns (query clusters, key clusters) for a sequence of `tokens` tokens.
+
+    The row of the table nearest in tokens (by ratio) holds; below the smallest row its counts shrink with
+    √(tokens / row), so that clusters shrink in number and in size alike. Never more clusters than tokens.
+
+    Raises:
+        ValueError: `query_clusters` or `key_clusters` is set and exceeds the tokens.
+    """
+    row = min(attention.clusters, key=lambda r: abs(math.log(r.tokens / tokens)))
+    shrink = min(1.0, math.sqrt(tokens / row.tokens)) if row == min(attention.clusters, key=lambda r: r.tokens) else 1.0
+    counts = []
+    for name, fixed, of_row in (
+        ("query_clusters", attention.query_clusters, row.query),
+        ("key_clusters", attention.key_clusters, row.key),
+    ):
+        if fixed is not None and fixed > tokens:
+            raise ValueError(f"attention.{name} is {fixed}; accepted: 1 .. {tokens}, the tokens of this video")
+        counts.append(fixed or min(tokens, max(1, round(of_row * shrink))))
+    return counts[0], counts[1]
+
+
+def to_toml(config: Config) -> str:
+    """Returns the configuration as TOML, every option written out; `resolve` reads it back to an equal one."""
+    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    """Returns `value` without None and with lists for tuples, as TOML has neither."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            inside = merged.get(key)
+            merged[key] = _merged([inside, value]) if isinstance(inside, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _build(cls: type[T], values: Any, where: str) -> T:
+    """Returns a dataclass made of a TOML table; unknown keys and wrong types raise ValueError."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.')} is {values!r}; accepted: a table")
+    types = typing.get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise ValueError(f"unknown option {where + key!r}; accepted: {', '.join(types)}{_near(key, list(types))}")
+    return cls(**{key: _convert(types[key], value, where + key) for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """Returns `value` as the type of its field."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build(kind, value, name + ".")
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), name, value, "a list of tables")
+        return tuple(_convert(args[0], item, name) for item in value)
+    if origin is Literal:
+        _require(value in args, name, value, ", ".join(map(str, args)), near=_near(str(value), [str(a) for a in args]))
+        return value
+    if type(None) in args:
+        return None if value is None else _convert(args[0], value, name)
+    if kind is float and type(value) is int:
+        return float(value)
+    accepted = {int: "a whole number", float: "a number", str: "a text"}
+    _require(type(value) is kind, name, value, accepted[kind])
+    return value
+
+
+def _require(condition: bool, name: str, value: Any, accepted: str, near: str = "") -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}{near}")
+
+
+def _near(word: str, known: list[str]) -> str:
+    """Returns "; did you mean …?" if a known word is near, else nothing."""
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()

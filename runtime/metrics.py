@@ -1,0 +1,127 @@
+"""What a run is judged by: density of its attention, and distance between two videos."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Density:
+    """Share of token pairs computed, and the self-attention calls it is the mean of."""
+
+    sparse: float
+    """Mean over the sparse calls; 1 if there were none."""
+    sparse_calls: int
+    dense_calls: int
+
+    @property
+    def calls(self) -> int:
+        """All self-attention calls."""
+        return self.sparse_calls + self.dense_calls
+
+    @property
+    def overall(self) -> float:
+        """Mean over all self-attention calls, dense ones counting 1."""
+        return (self.sparse * self.sparse_calls + self.dense_calls) / self.calls if self.calls else 1.0
+
+    def minus(self, before: "Density") -> "Density":
+        """Returns what was added since `before`."""
+        calls = self.sparse_calls - before.sparse_calls
+        added = self.sparse * self.sparse_calls - before.sparse * before.sparse_calls
+        return Density(added / calls if calls else 1.0, calls, self.dense_calls - before.dense_calls)
+
+
+@dataclass(slots=True)
+class DensityMeter:
+    """Counts calls; the densities stay on the device until they are asked for."""
+
+    total: Tensor | None = None
+    sparse_calls: int = 0
+    dense_calls: int = 0
+
+    def count_dense(self) -> None:
+        """Counts a dense self-attention call."""
+        self.dense_calls += 1
+
+    def count_sparse(self, density: Tensor) -> None:
+        """Counts a sparse self-attention call of density fp32 [H]; does not wait for the device."""
+        mean = density.double().mean()
+        self.total = mean if self.total is None else self.total + mean
+        self.sparse_calls += 1
+
+    def read(self) -> Density:
+        """Returns the densities so far; waits for the device."""
+        mean = 1.0 if self.total is None else self.total.item() / self.sparse_calls
+        return Density(mean, self.sparse_calls, self.dense_calls)
+
+    def reset(self) -> None:
+        """Forgets all calls."""
+        self.total, self.sparse_calls, self.dense_calls = None, 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How close two videos are, frame by frame. PSNR in dB; None where the frames are equal (it is infinite)."""
+
+    psnr: list[float | None]
+    ssim: list[float]
+    lpips: float | None
+    """Mean over frames; None where the package or its weights are missing."""
+
+    @property
+    def mean_psnr(self) -> float | None:
+        """Mean PSNR over the frames that differ, in dB; None if all are equal."""
+        finite = [x for x in self.psnr if x is not None]
+        return float(np.mean(finite)) if finite else None
+
+    @property
+    def mean_ssim(self) -> float:
+        """Mean SSIM over the frames."""
+        return float(np.mean(self.ssim))
+
+
+def compare_frames(a: Frames, b: Frames) -> Likeness:
+    """Returns PSNR and SSIM (scikit-image, data range 255) of two videos of equal size.
+
+    Args:
+        a: uint8 [F, height, width, 3].
+        b: likewise.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"videos of sizes {a.shape} and {b.shape} can't be compared")
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    pairs = list(zip(a, b, strict=True))
+    psnr = [None if np.array_equal(*pair) else float(peak_signal_noise_ratio(*pair, data_range=255)) for pair in pairs]
+    ssim = [float(structural_similarity(*pair, channel_axis=-1, data_range=255)) for pair in pairs]
+    return Likeness(psnr, ssim, _lpips(a, b))
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Returns ‖a - b‖ / ‖b‖ in fp64."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _lpips(a: Frames, b: Frames) -> float | None:
+    """Returns the mean LPIPS (AlexNet) over frames, None unless the package and AlexNet's weights are on the disk."""
+    weights = list((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
+    if importlib.util.find_spec("lpips") is None or not weights:
+        return None
+    import lpips
+
+    model = lpips.LPIPS(net="alex", verbose=False)
+    scaled = [torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (a, b)]
+    with torch.no_grad():
+        parts = [model(x, y).flatten() for x, y in zip(*(s.split(8) for s in scaled), strict=True)]
+    return float(torch.cat(parts).mean())

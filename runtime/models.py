@@ -1,0 +1,140 @@
+"""Loading a checkpoint, and putting semvid's attention into a pipeline and out again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+
+from semvid.kernels import dispatch
+from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
+from semvid.runtime.folder import FAMILIES
+from semvid.runtime.metrics import Density
+from semvid.runtime.processors import WanProcessor
+from semvid.runtime.session import Position, Session, resolve_device
+
+HOOK = "semvid"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Sparsified:
+    """A pipeline with semvid's attention in it: reports density, forgets, and takes itself out again."""
+
+    def __init__(self, pipeline: Any, session: Session, stock: list[Any]) -> None:
+        self.pipeline = pipeline
+        self.session = session
+        self._stock = stock
+
+    @property
+    def kernels(self) -> str:
+        """The backend of the sparse ops: "reference", "triton", …"""
+        return self.session.ops.name
+
+    def density(self) -> Density:
+        """Returns the densities of the current or last job."""
+        return self.session.meter.read()
+
+    def reset(self) -> None:
+        """Begins a new job by hand; a new call of the pipeline does it by itself."""
+        self.session.reset()
+
+    def remove(self) -> None:
+        """Puts the attention back that was there. Doing it again does nothing."""
+        blocks = self.pipeline.transformer.blocks
+        for block, stock in zip(blocks, self._stock, strict=False):
+            block.attn1.set_processor(stock)
+        if self._stock:
+            _registry(self.pipeline.transformer).remove_hook(HOOK, recurse=False)
+        self._stock = []
+        self.session.reset()
+
+
+def sparsify(
+    pipeline: Any, preset: str = "svg2", *, attention: AttentionConfig | None = None, seed: int = 0
+) -> Sparsified:
+    """Puts semvid's attention into a diffusers pipeline and returns the handle that reports and removes it.
+
+    Settings belong to this pipeline alone. Each call of the pipeline is a job of its own: clusters are kept from
+    step to step inside it and forgotten between two.
+
+    Args:
+        pipeline: a WanPipeline of Wan 2.1 text-to-video.
+        preset: a name (`semvid.runtime.config.presets`) or a TOML file with [attention].
+        attention: the whole setting, instead of a preset.
+        seed: of the first centroids.
+
+    Raises:
+        ValueError: an unsupported pipeline, one that is sparsified already, or a setting that is not accepted.
+    """
+    if type(pipeline) is not WanPipeline or pipeline.transformer is None or pipeline.transformer_2 is not None:
+        raise ValueError(f"pipeline is a {type(pipeline).__name__}; supported: {', '.join(FAMILIES)}")
+    registry = _registry(pipeline.transformer)
+    if registry.get_hook(HOOK) is not None:
+        raise ValueError("this pipeline is sparsified already; remove() that handle first")
+    if attention is None:
+        attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
+    session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed)
+    stock = []
+    for layer, block in enumerate(pipeline.transformer.blocks):
+        stock.append(block.attn1.get_processor())
+        block.attn1.set_processor(WanProcessor(stock[-1], session, layer))
+    registry.register_hook(_PositionHook(session, pipeline.scheduler), HOOK)
+    return Sparsified(pipeline, session, stock)
+
+
+def load_pipeline(folder: Path, model: ModelConfig) -> Any:
+    """Returns a checkpoint's pipeline on its device, by diffusers' own loader; only local files are read.
+
+    The VAE is kept in fp32, as Wan's authors run it.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    device = resolve_device(model.device)
+    dtypes = {"default": resolve_dtype(model.dtype, device), "vae": torch.float32}
+    pipeline = WanPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of "bf16", "fp16", "fp32", or of "auto": bf16 where the device computes in it, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    native = (
+        torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
+class _PositionHook(ModelHook):
+    """Tells the session, before each forward pass of the transformer, which step and branch it is.
+
+    diffusers pipelines announce both through `cache_context`; where the step is not announced it is the scheduler's.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, session: Session, scheduler: Any) -> None:
+        super().__init__()
+        self.session = session
+        self.scheduler = scheduler
+        # diffusers sets the context on every StateManager of a stateful hook.
+        self.announced = StateManager(BaseState)
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        context = self.announced.context
+        step = self.scheduler.step_index if context.step_index is None else context.step_index
+        steps = context.num_inference_steps or len(self.scheduler.timesteps)
+        self.session.enter(Position(step or 0, steps, context.name))
+        return args, kwargs
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.session.finish()
+        return module
+
+
+def _registry(transformer: torch.nn.Module) -> HookRegistry:
+    return HookRegistry.check_if_exists_or_initialize(transformer)

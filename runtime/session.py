@@ -1,0 +1,83 @@
+"""The state of one job on one pipeline: where the denoising loop is, what it remembers, what it has counted."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from semvid.kernels.dispatch import Ops
+from semvid.parallel.collectives import Group
+from semvid.runtime.cache import Cache
+from semvid.runtime.config import AttentionConfig
+from semvid.runtime.metrics import DensityMeter
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """One forward pass of the transformer: which step of how many, and which branch."""
+
+    step: int
+    steps: int
+    branch: str
+
+
+@dataclass(slots=True)
+class Session:
+    """Shared by the processors of one pipeline; belongs to a job and is reset between jobs."""
+
+    config: AttentionConfig
+    ops: Ops
+    seed: int
+    group: Group = None
+    cache: Cache = field(default_factory=Cache)
+    meter: DensityMeter = field(default_factory=DensityMeter)
+    position: Position | None = None
+    seen: set[str] = field(default_factory=set)
+    """Branches that ran at the current step."""
+
+    def enter(self, position: Position) -> None:
+        """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.
+
+        Within a job a step never comes back and each branch runs once a step.
+        """
+        last = self.position
+        repeated = last is not None and position.step == last.step and position.branch in self.seen
+        if last is None or position.step < last.step or repeated:
+            self.reset()
+        elif position.step > last.step:
+            self.seen.clear()
+        self.position = position
+        self.seen.add(position.branch)
+
+    def finish(self) -> None:
+        """Ends the job: its clusters are freed, its counts stay until the next one begins."""
+        self.cache.reset()
+        self.position = None
+        self.seen.clear()
+
+    def reset(self) -> None:
+        """Forgets clusters, position and counts."""
+        self.finish()
+        self.meter.reset()
+
+    def here(self) -> Position:
+        """Returns the current position.
+
+        Raises:
+            RuntimeError: no forward pass has been entered: the transformer was called outside a pipeline's loop.
+        """
+        if self.position is None:
+            raise RuntimeError("self-attention was called outside the transformer's forward pass")
+        return self.position
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device of "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" without one.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is 'cuda', but there is no usable NVIDIA GPU; accepted here: cpu, auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
