@@ -77,7 +77,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     _add_job_options(compare)
     compare.add_argument(
-        "--preset", metavar="A", default=Config().preset, help=f"the one to judge: {_presets()} (default: %(default)s)"
+        "--preset", metavar="A", default=Config().preset, help=f"judged: {_presets()} (default: %(default)s)"
     )
     compare.add_argument(
         "--against", metavar="B", default="dense", help=f"the yardstick: {_presets()} (default: %(default)s)"

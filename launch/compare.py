@@ -23,7 +23,7 @@ def compare(folder: Path, configs: Mapping[str, Config]) -> dict[str, Any]:
         folder: where; made if absent.
         configs: the configuration of each side.
     """
-    env.quiet()
+    models.quiet()
     any_model = configs["preset"].model
     pipeline = models.load_pipeline(folders.locate(any_model.path), any_model)
     report: dict[str, Any] = {}

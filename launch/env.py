@@ -24,16 +24,6 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def quiet() -> None:
-    """Turns off diffusers' and transformers' own bars and notices; semvid reports for itself."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def usable_cores() -> int:
     """Returns how many cores this process may use: its affinity, or a container's CPU quota if that is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

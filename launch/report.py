@@ -29,12 +29,12 @@ class Bar:
         """Shows `progress`; made to be a watcher of `generate`."""
         if self.bar is None:
             form = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} left"
-            self.bar = tqdm(total=progress.steps, bar_format=form, mininterval=0, miniters=1, file=sys.stderr)
+            self.bar = tqdm(total=progress.steps, bar_format=form, file=sys.stderr)
         self.bar.set_description_str(f"{self.label}{progress.phase:7}", refresh=False)
         if progress.phase == "encode":
             # The time left is the loop's; loading is not part of it.
             self.bar.reset()
-        self.bar.update(progress.step - self.bar.n)
+        self.bar.n = progress.step
         self.bar.refresh()
 
 

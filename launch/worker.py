@@ -22,9 +22,10 @@ def run(folder: Path, label: str = "", pipeline: Any = None) -> tuple[Any, Any]:
     env.prepare()
     from semvid.launch.report import Bar
     from semvid.runtime import job as jobs
+    from semvid.runtime import models
     from semvid.runtime.generate import generate
 
-    env.quiet()
+    models.quiet()
     job = jobs.load(folder)
     with Bar(label) as bar:
         return job, generate(job, bar, pipeline)

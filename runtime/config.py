@@ -163,6 +163,9 @@ def resolve(
         ValueError: an unknown key, a wrong type or a value outside what is accepted; the message names the option.
     """
     file = dict(file or {})
+    for table in ("model", "video", "attention"):
+        # Said here, before the layers are laid over each other and this value is lost.
+        _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")
     if preset is not None:
         file.pop("attention", None)
     name = preset or file.get("preset", Config().preset)

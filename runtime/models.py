@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import WanPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
@@ -97,6 +99,13 @@ def load_pipeline(folder: Path, model: ModelConfig) -> Any:
     pipeline = WanPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def quiet() -> None:
+    """Turns off diffusers' and transformers' own bars and notices, for programs that report for themselves."""
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

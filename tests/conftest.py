@@ -2,12 +2,16 @@
 
 import math
 import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from semvid.runtime.config import DEMO_MODEL, Config, resolve
 
 if not torch.cuda.is_available():
     # Read by triton at import, so before any test imports a kernel.
@@ -30,6 +34,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels are tested: the GPU if there is one, else the CPU (in the interpreter)."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a random 3-layer Wan transformer with the demo model's other parts."""
+    from diffusers import WanTransformer3DModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(DEMO_MODEL, folder, ignore=shutil.ignore_patterns("transformer", "semvid.toml"))
+    torch.manual_seed(0)
+    sizes = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "text_dim": 128}
+    WanTransformer3DModel(**sizes).save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path) -> Callable[..., Config]:
+    """Makes configurations of a 120-token job with the tiny model, from the preset, [video] and [attention]."""
+
+    def make(preset: str = "svg2", attention: dict[str, Any] | None = None, **video: Any) -> Config:
+        size = {"height": 64, "width": 96, "frames": 17, "steps": 4, "guidance": 3.0, "prompt": "a red ball"}
+        model = {"path": str(tiny_model), "dtype": "fp32"}
+        return resolve(None, {"model": model, "video": size | video, "attention": attention or {}}, preset=preset)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

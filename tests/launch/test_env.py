@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from semvid.launch import env
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", None), ("200000 100000", 2), ("50000 100000", 1), ("x", None)]
+)
+def test_a_containers_quota_limits_the_cores(text: str, cores: int | None, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert env._quota(tmp_path / "cpu.max") == cores
+    assert env._quota(tmp_path / "absent") is None
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    env.prepare()
+    assert (env.os.environ["OMP_NUM_THREADS"], env.os.environ["OMP_WAIT_POLICY"]) == ("7", "PASSIVE")
+
+
+def test_a_commit_is_named_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMVID_COMMIT", "abc")
+    assert env.commit() == "abc"

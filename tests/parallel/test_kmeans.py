@@ -1,0 +1,143 @@
+"""Global k-means: on one rank against a plain loop, on several gloo ranks against one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from semvid.kernels.dispatch import select
+from semvid.parallel.collectives import all_reduce_sum
+from semvid.parallel.kmeans import random_tokens, refine
+
+OPS = select("reference", torch.device("cpu"))
+
+
+def blobs(N: int, H: int = 2, D: int = 8, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centers = 4 * torch.randn(H, 7, D, generator=generator)
+    return centers[:, torch.randint(7, (N,), generator=generator)] + torch.randn(H, N, D, generator=generator)
+
+
+def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The textbook loop of one head in fp64: labels, centroids, sizes."""
+    x, centroids = x.double(), centroids.double().clone()
+    for _ in range(iterations):
+        labels = torch.cdist(x, centroids).argmin(-1)
+        for c in range(len(centroids)):
+            if (labels == c).any():
+                centroids[c] = x[labels == c].mean(0)
+    return labels, centroids, torch.bincount(labels, minlength=len(centroids))
+
+
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (63, 5), (100, 100), (257, 12)])
+def test_refine_is_lloyds_iteration(N: int, C: int) -> None:
+    x = blobs(N)
+    start = random_tokens(x, C, (0,), N)
+    (found,) = refine([x], [start], 4, OPS)
+    for h in range(2):
+        labels, centroids, sizes = lloyd(x[h], start[h], 4)
+        assert torch.equal(found.labels[h].long(), labels)
+        torch.testing.assert_close(found.centroids[h].double(), centroids, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.sizes[h].long(), sizes)
+
+
+def test_an_empty_cluster_keeps_its_centroid() -> None:
+    x = blobs(50)
+    far = torch.full((2, 1, 8), 1e3)
+    (found,) = refine([x], [torch.cat([x[:, :3], far], 1)], 3, OPS)
+    assert (found.sizes[:, 3] == 0).all()
+    assert torch.equal(found.centroids[:, 3:], far)
+
+
+def test_iterations_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="iterations is 0; accepted: 1 or more"):
+        refine([blobs(5)], [blobs(2)], 0, OPS)
+
+
+@pytest.mark.parametrize("C", [1, 7, 100])
+def test_random_tokens_are_different_tokens_of_their_own_head(C: int) -> None:
+    x = torch.arange(200, dtype=torch.float32).view(2, 100, 1)
+    drawn = random_tokens(x, C, (1, 2), 100)[..., 0]
+    for h in range(2):
+        assert len(set(drawn[h].tolist())) == C
+        assert set(drawn[h].tolist()) <= set(x[h, :, 0].tolist())
+
+
+def test_random_tokens_follow_the_key_and_are_spread_evenly() -> None:
+    x = torch.arange(1000, dtype=torch.float32).view(1, 1000, 1)
+    a, b = random_tokens(x, 50, (3, 1), 1000), random_tokens(x, 50, (3, 2), 1000)
+    assert torch.equal(a, random_tokens(x, 50, (3, 1), 1000))
+    assert not torch.equal(a, b)
+    means = torch.stack([random_tokens(x, 50, (3, i), 1000).mean() for i in range(40)])
+    # The mean of 50 of 0 .. 999 has standard deviation 39.7, that of 40 such means 6.3.
+    assert abs(means.mean() - 499.5) < 4 * 6.3
+
+
+def test_more_clusters_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="C is 6; accepted: 1 .. 5, the tokens"):
+        random_tokens(blobs(5), 6, (0,), 5)
+
+
+def _rank(rank: int, world: int, store: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        work(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> None:
+    """Runs `work(rank, world, *args)` on `world` gloo processes and raises any rank's error."""
+    mp.spawn(_rank, (world, str(folder / "store"), work, args), nprocs=world)
+
+
+def _global_kmeans(rank: int, world: int, folder: Path, N: int) -> None:
+    # The last shard is shorter: token counts need not divide.
+    x, n = blobs(N), -(-N // world)
+    mine = x[:, rank * n : (rank + 1) * n]
+    start = random_tokens(mine, 6, (5, 1), N, first=rank * n, group=dist.group.WORLD)
+    q, k = refine([mine, 2 * mine], [start, 2 * start], 5, OPS, dist.group.WORLD)
+    torch.save({"start": start, "q": tuple(q), "k": tuple(k)}, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize(("world", "N"), [(2, 100), (3, 257)])
+def test_shards_cluster_as_one_and_agree_bit_for_bit(world: int, N: int, tmp_path: Path) -> None:
+    spawn(world, tmp_path, _global_kmeans, tmp_path, N)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    x = blobs(N)
+    start = random_tokens(x, 6, (5, 1), N)
+    (whole,) = refine([x], [start], 5, OPS)
+    for found in ranks:
+        assert torch.equal(found["start"], start)
+        for side in ("q", "k"):
+            assert torch.equal(found[side][1], ranks[0][side][1])
+            assert torch.equal(found[side][2], ranks[0][side][2])
+    labels, centroids, sizes = ranks[0]["q"]
+    torch.testing.assert_close(centroids, whole.centroids, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sizes, whole.sizes)
+    assert torch.equal(torch.cat([found["q"][0] for found in ranks], 1), whole.labels)
+    assert labels.shape[1] == -(-N // world)
+
+
+def _reduce(rank: int, world: int) -> None:
+    a, b = torch.full((2, 3), rank + 0.5), torch.tensor([rank, 118_800], dtype=torch.int32)
+    total, counts = all_reduce_sum([a, b], dist.group.WORLD)
+    assert torch.equal(total, torch.full((2, 3), sum(range(world)) + 0.5 * world))
+    assert torch.equal(counts, torch.tensor([sum(range(world)), 118_800 * world], dtype=torch.int32))
+
+
+def test_all_reduce_sums_floats_and_counts_in_one_buffer(tmp_path: Path) -> None:
+    spawn(2, tmp_path, _reduce)
+
+
+def test_one_rank_returns_early_without_a_group() -> None:
+    x = torch.randn(3)
+    assert all_reduce_sum([x], None)[0] is x
+    assert "MASTER_ADDR" not in os.environ or not dist.is_initialized()

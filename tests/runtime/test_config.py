@@ -1,0 +1,108 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semvid.runtime import config as configs
+from semvid.runtime.config import AttentionConfig, ClusterCounts, cluster_counts, resolve
+
+PROMPT = {"video": {"prompt": "a ball"}}
+
+
+def resolved(**tables: Any) -> configs.Config:
+    return resolve(tables, PROMPT)
+
+
+def test_later_layers_win_over_earlier_ones() -> None:
+    checkpoint = {"video": {"frames": 33, "height": 160, "width": 288}}
+    file = {"preset": "svg2", "video": {"height": 320, "width": 320}, "attention": {"p": 0.8}}
+    options = {"video": {"width": 640, "prompt": "a ball"}}
+    config = resolve(file, options, checkpoint=checkpoint)
+    assert (config.video.frames, config.video.height, config.video.width) == (33, 320, 640)
+    assert (config.attention.p, config.attention.floor, config.video.fps) == (0.8, 0.1, 16)
+
+
+def test_a_preset_on_the_command_line_replaces_the_files_attention() -> None:
+    config = resolve({"preset": "svg2", "attention": {"p": 0.8}}, PROMPT, preset="dense")
+    assert (config.preset, config.attention.method, config.attention.p) == ("dense", "dense", 0.9)
+
+
+def test_the_svg2_preset_is_the_authors() -> None:
+    a = resolved().attention
+    assert (a.p, a.floor, a.dense_steps, a.dense_layers, a.first_iterations, a.iterations) == (0.9, 0.1, 0.2, 1, 50, 2)
+    assert [cluster_counts(a, n) for n in (75_600, 118_800, 32_760)] == [(300, 1000), (400, 1000), (200, 1000)]
+
+
+@pytest.mark.parametrize(("tokens", "counts"), [(1, (1, 1)), (16, (4, 16)), (1620, (44, 222)), (72_000, (300, 1000))])
+def test_counts_shrink_with_the_square_root_below_the_table_and_never_exceed_the_tokens(
+    tokens: int, counts: tuple[int, int]
+) -> None:
+    assert cluster_counts(resolved().attention, tokens) == counts
+
+
+def test_a_table_row_in_the_middle_is_not_scaled() -> None:
+    table = (ClusterCounts(tokens=100, query=5, key=10), ClusterCounts(tokens=1000, query=50, key=90))
+    attention = AttentionConfig(clusters=table)
+    assert [cluster_counts(attention, n) for n in (25, 120, 900, 9000)] == [(2, 5), (5, 10), (50, 90), (50, 90)]
+
+
+def test_fixed_counts_override_the_table_and_may_not_exceed_the_tokens() -> None:
+    attention = AttentionConfig(query_clusters=7, key_clusters=100)
+    assert cluster_counts(attention, 100) == (7, 100)
+    with pytest.raises(ValueError, match=r"attention.key_clusters is 100; accepted: 1 .. 99, the tokens"):
+        cluster_counts(attention, 99)
+
+
+def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
+    config = resolved(attention={"query_clusters": 3, "p": 1.0}, video={"guidance": 2})
+    (tmp_path / "job.toml").write_text(configs.to_toml(config))
+    assert configs.resolved(tmp_path / "job.toml") == config
+    assert resolve(configs.read_toml(tmp_path / "job.toml", "--config"), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"vidoe": {}}, r"unknown option 'vidoe'.*did you mean 'video'\?"),
+        ({"video": {"promt": "x"}}, r"unknown option 'video.promt'.*did you mean 'prompt'\?"),
+        ({"attention": {"p": 0}}, r"attention.p is 0.0; accepted: 0 < p <= 1"),
+        ({"attention": {"p": 1.01}}, r"attention.p is 1.01; accepted: 0 < p <= 1"),
+        ({"attention": {"p": float("nan")}}, r"attention.p is nan"),
+        ({"attention": {"p": "high"}}, r"attention.p is 'high'; accepted: a number"),
+        ({"attention": {"floor": -0.1}}, r"attention.floor is -0.1; accepted: 0 .. 1"),
+        ({"attention": {"query_clusters": 0}}, r"attention.query_clusters is 0; accepted: 1 or more"),
+        ({"attention": {"key_clusters": -4}}, r"attention.key_clusters is -4; accepted: 1 or more"),
+        ({"attention": {"iterations": True}}, r"attention.iterations is True; accepted: a whole number"),
+        ({"attention": {"clusters": []}}, r"attention.clusters is \[\]; accepted: at least one row"),
+        ({"attention": {"clusters": [{"tokens": 9, "query": 0, "key": 1}]}}, r"attention.clusters.query is 0"),
+        ({"attention": {"method": "magic"}}, r"attention.method is 'magic'; accepted: dense, clusters"),
+        ({"attention": 3}, r"attention is 3; accepted: a table"),
+        ({"model": {"dtype": "bf15"}}, r"model.dtype is 'bf15'; accepted: auto, bf16.*did you mean 'bf16'\?"),
+        ({"video": {"seed": -1}}, r"seed is -1; accepted: 0 .. 2\^63 - 1"),
+        ({"video": {"steps": 0}}, r"steps is 0; accepted: 1 or more"),
+        ({"video": {"guidance": float("inf")}}, r"guidance is inf"),
+        ({"preset": "svg3"}, r"--preset is 'svg3'; accepted: dense, svg2.*did you mean 'svg2'\?"),
+        ({"preset": 3}, r"preset is 3; accepted"),
+    ],
+)
+def test_bad_values_are_refused_by_name(tables: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(tables, PROMPT)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="prompt is .* accepted: a text"):
+        resolve(None, {"video": {"prompt": prompt}})
+
+
+def test_a_preset_file_holds_attention_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[attention]\np = 0.5\n")
+    assert resolve(None, PROMPT, preset=str(path)).attention.p == 0.5
+    path.write_text("[video]\nframes = 5\n")
+    with pytest.raises(ValueError, match="a preset holds"):
+        resolve(None, PROMPT, preset=str(path))
+    path.write_text("p = = 1")
+    with pytest.raises(ValueError, match="no valid TOML"):
+        resolve(None, PROMPT, preset=str(path))

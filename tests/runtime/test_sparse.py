@@ -1,0 +1,121 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from semvid.kernels.dispatch import select
+from semvid.runtime.config import AttentionConfig
+from semvid.runtime.schedule import Dense, Refresh, Reuse
+from semvid.runtime.session import Position, Session
+from semvid.runtime.sparse import decision, sparse_attention
+
+
+def make(seed: int = 0, **attention: Any) -> Session:
+    settings = {"dense_steps": 0.0, "dense_layers": 0, "query_clusters": 5, "key_clusters": 9, "floor": 0.0} | attention
+    session = Session(AttentionConfig(**settings), select("reference", torch.device("cpu")), seed)
+    session.enter(Position(0, 10, "cond"))
+    return session
+
+
+def qkv(N: int = 100, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    centers = 3 * torch.randn(3, 6, 16)
+    q, k, v = (centers[:, torch.randint(6, (N,))] + torch.randn(3, N, 16) for _ in range(3))
+    return q, k, v
+
+
+def call(session: Session, x: tuple[Tensor, Tensor, Tensor], layer: int = 1) -> Tensor:
+    return sparse_attention(*x, session, layer, decision(session, layer))
+
+
+@pytest.mark.parametrize("N", [9, 63, 100, 257])
+def test_all_clusters_selected_equals_dense_attention(N: int) -> None:
+    x = qkv(N)
+    session = make(p=1.0)
+    torch.testing.assert_close(call(session, x), scaled_dot_product_attention(*x), rtol=1e-5, atol=1e-5)
+    assert session.meter.read().sparse == 1.0
+
+
+def test_less_mass_is_less_density_and_more_error() -> None:
+    x = qkv(257)
+    exact = scaled_dot_product_attention(*x)
+    found = []
+    for p in (0.3, 0.7, 0.95):
+        session = make(p=p)
+        error = (call(session, x) - exact).norm() / exact.norm()
+        found.append((session.meter.read().sparse, -error.item()))
+    assert found == sorted(found)
+    assert 0 < found[0][0] < found[-1][0] < 1
+
+
+def test_a_refresh_starts_warm_and_keeps_state_per_layer_and_branch() -> None:
+    x = qkv()
+    session = make()
+    assert decision(session, 1) == Refresh(50, seeded=True)
+    call(session, x)
+    session.enter(Position(0, 10, "uncond"))
+    assert decision(session, 1) == Refresh(50, seeded=True)
+    session.enter(Position(1, 10, "cond"))
+    assert decision(session, 1) == Refresh(2, seeded=False)
+    assert decision(session, 2) == Refresh(50, seeded=True)
+
+
+def test_reuse_takes_labels_and_map_as_they_are() -> None:
+    session = make(refresh_every=2, p=0.5)
+    call(session, qkv(seed=1))
+    before = session.cache.get(1, "cond")
+    session.enter(Position(1, 10, "cond"))
+    assert decision(session, 1) == Reuse()
+    call(session, qkv(seed=2))
+    assert session.cache.get(1, "cond") is before
+    session.enter(Position(2, 10, "cond"))
+    assert decision(session, 1) == Refresh(2, seeded=False)
+
+
+def test_reuse_computes_the_new_queries_keys_and_values() -> None:
+    session = make(refresh_every=2, p=1.0)
+    call(session, qkv(seed=1))
+    session.enter(Position(1, 10, "cond"))
+    x = qkv(seed=2)
+    torch.testing.assert_close(call(session, x), scaled_dot_product_attention(*x), rtol=1e-5, atol=1e-5)
+
+
+def test_centroids_are_the_means_of_their_labels() -> None:
+    x = qkv()
+    session = make()
+    call(session, x)
+    memory = session.cache.get(1, "cond")
+    assert memory is not None
+    keys = memory.keys
+    for h in range(3):
+        for c in range(9):
+            rows = x[1][h][keys.labels[h] == c]
+            assert keys.sizes[h, c] == len(rows)
+            if len(rows):
+                torch.testing.assert_close(keys.centroids[h, c], rows.mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"layer": 2}, {"branch": "uncond"}, {"step": 1}])
+def test_the_first_centroids_depend_on_seed_layer_branch_and_step(other: dict[str, Any]) -> None:
+    x = qkv()
+
+    def labels(seed: int = 0, layer: int = 1, branch: str = "cond", step: int = 0) -> Tensor:
+        session = make(seed=seed, first_iterations=1)
+        session.enter(Position(step, 10, branch))
+        call(session, x, layer)
+        memory = session.cache.get(layer, branch)
+        assert memory is not None
+        return memory.keys.labels
+
+    assert torch.equal(labels(), labels())
+    assert not torch.equal(labels(), labels(**other))
+
+
+def test_dense_layers_and_steps_are_left_to_the_model() -> None:
+    session = make(dense_layers=2, dense_steps=0.1)
+    assert decision(session, 5) == Dense()
+    session.enter(Position(1, 10, "cond"))
+    assert decision(session, 1) == Dense()
+    assert isinstance(decision(session, 2), Refresh)

@@ -1,0 +1,91 @@
+"""The folders, who may import whom, and where each third party has its home."""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("kernels", "parallel", "runtime", "launch")  # each may import itself and those before it
+HOMES = {
+    "triton": "kernels/",
+    "torch.distributed": "parallel/",
+    "diffusers": "runtime/",
+    "transformers": "runtime/",
+    "ray": "launch/",
+    "argparse": "launch/",
+}
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            # `from semvid.runtime import folder` names a module too.
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_downward_only(path: Path) -> None:
+    mine = FOLDERS.index(path.relative_to(ROOT).parts[0])
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in FOLDERS, f"{path}: import semvid.{name}, not {name}"
+        if parts[0] == "semvid":
+            assert parts[1] in FOLDERS, f"{path} imports {name}"
+            assert FOLDERS.index(parts[1]) <= mine, f"{path} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_third_party_has_one_home(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    for name in imports(path):
+        for party, home in HOMES.items():
+            if name == party or name.startswith(party + "."):
+                assert place.startswith(home), f"{place} imports {name}, whose home is {home}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_launch_prints_and_reads_the_environment(path: Path) -> None:
+    if path.relative_to(ROOT).parts[0] == "launch":
+        return
+    tree = ast.parse(path.read_text())
+    called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" not in called
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")]
+
+
+def test_kernels_is_no_regular_package() -> None:
+    # A top-level package called kernels would hide Hugging Face's, which diffusers and transformers import.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_folder_is_packaged_with_its_types() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(setuptools["packages"]) == sorted([f"semvid.{name}" for name in FOLDERS] + ["semvid.configs"])
+    for name in FOLDERS:
+        assert (ROOT / name / "py.typed").exists()
+        assert "py.typed" in setuptools["package-data"][f"semvid.{name}"]
+
+
+def test_every_config_file_is_packaged() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "semvid.configs"
+    ]
+    configs = ROOT / "configs"
+    packaged = {path for pattern in patterns for path in configs.glob(pattern) if path.is_file()}
+    assert packaged == {path for path in configs.rglob("*") if path.is_file()}
+    assert configs / "demo-model" / "vae" / "config.json" in packaged
+
+
+def test_the_weights_stay_small() -> None:
+    assert sum(path.stat().st_size for path in ROOT.glob("configs/**/*.safetensors")) <= 36 << 20
