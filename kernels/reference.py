@@ -122,7 +122,9 @@ def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: floa
     if p >= 1.0:
         return BlockMap(occupied.contiguous())
     scores = q_centroids @ k_centroids.mT / math.sqrt(D) + k_sizes.float().log()[:, None, :]
-    mass, ranked = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True, stable=True)
+    # Ranked by score and not by mass: clusters whose mass underflows to 0 still stand before empty ones.
+    scores, ranked = scores.sort(dim=-1, descending=True, stable=True)
+    mass = torch.softmax(scores, dim=-1)
     before = mass.cumsum(-1) - mass
     # Rounded first, so that 0.1 · 1000 keeps 100 clusters and not 101.
     least = math.ceil(round(floor * Ck, 6))
@@ -187,6 +189,8 @@ def attention(
     out = torch.empty(H, Nq, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(H, Nq, dtype=torch.float32, device=q.device)
     columns = Nk + (0 if tail is None else tail.log_n.shape[1])
+    if columns == 0:
+        return torch.zeros_like(q), lse.fill_(-math.inf)
     rows = max(1, _pairs_at_once(q.device) // max(1, columns))
     for h in range(H):
         q_cluster, k_cluster = _cluster_of_row(plan.q_offsets[h], Nq), _cluster_of_row(plan.k_offsets[h], Nk)
