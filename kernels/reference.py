@@ -55,12 +55,16 @@ def cluster_sums(x: Tensor, labels: Tensor, C: int) -> tuple[Tensor, Tensor]:
     """
     H, N, D = check_rows("x", x)
     check_index("labels", labels, (H, N))
-    rows = labels.long() + torch.arange(H, device=x.device)[:, None] * C
-    sums = torch.zeros(H * C, D, dtype=torch.float32, device=x.device)
-    sums.index_add_(0, rows.flatten(), x.float().reshape(H * N, D))
-    counts = torch.zeros(H * C, dtype=torch.int32, device=x.device)
-    counts.index_add_(0, rows.flatten(), torch.ones(H * N, dtype=torch.int32, device=x.device))
-    return sums.view(H, C, D), counts.view(H, C)
+    order, offsets = group(labels, C)
+    counts = offsets.diff()
+    if x.device.type == "cpu":
+        rows = labels.long() + torch.arange(H)[:, None] * C
+        sums = torch.zeros(H * C, D).index_add_(0, rows.flatten(), x.float().reshape(H * N, D))
+    else:
+        # On a GPU index_add_ adds in another order each time; this adds row after row of each run.
+        rows = gather_rows(x, order).float().reshape(H * N, D)
+        sums = torch.segment_reduce(rows, "sum", lengths=counts.flatten().long(), unsafe=True, initial=0.0)
+    return sums.view(H, C, D), counts
 
 
 def group(labels: Tensor, C: int) -> Permutation:
