@@ -1,16 +1,22 @@
-"""Which backend of the ops runs here: "reference" anywhere, "triton" where a GPU (or its interpreter) is there."""
+"""Which backend of the ops runs here: "reference" anywhere, "triton" on a GPU (or, for tests, in its interpreter)."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from semvid.kernels import reference
 from semvid.kernels.layout import BlockMap, Permutation, Plan
 
-BACKENDS = ("auto", "reference")
+# Each backend's modules; the best comes last.
+MODULES = {
+    "reference": ("reference",),
+    "triton": ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary"),
+}
+BACKENDS = ("auto", *MODULES)
+OLDEST_GPU = (8, 0)
 
 
 class Ops(NamedTuple):
@@ -27,19 +33,27 @@ class Ops(NamedTuple):
     plan: Callable[[Tensor, Tensor, BlockMap], Plan]
     attention: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _collect(name: str, *modules: ModuleType) -> Ops:
-    """Returns the ops of a backend, each from the first module that has it."""
-    found = {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in Ops._fields[1:]}
-    return Ops(name, **found)
+    norm_rotary: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Returns why `backend` cannot run on `device`, or None if it can."""
+    """Returns why `backend` cannot run on `device`, or None if it can.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if backend not in MODULES:
+        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
     if backend == "reference":
         return None
-    raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if device.type != "cuda":
+        return None if interpreted() else f"it needs an NVIDIA GPU, not {device}"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST_GPU:
+        return f"it needs compute capability 8.0 or newer, this GPU has {found[0]}.{found[1]}"
+    return None
 
 
 def select(backend: str, device: torch.device) -> Ops:
@@ -49,8 +63,18 @@ def select(backend: str, device: torch.device) -> Ops:
         ValueError: no such backend, or it cannot run here (the message says why).
     """
     if backend == "auto":
-        backend = next(name for name in BACKENDS[:0:-1] if missing(name, device) is None)
+        # The interpreter is for tests: on a CPU the reference is faster.
+        usable = [name for name in MODULES if missing(name, device) is None]
+        backend = usable[-1] if device.type == "cuda" else "reference"
     reason = missing(backend, device)
     if reason is not None:
-        raise ValueError(f"backend is {backend!r}, which cannot run on {device}: {reason}")
-    return _collect("reference", reference)
+        raise ValueError(f"backend is {backend!r}, which cannot run here: {reason}")
+    modules = [importlib.import_module(f"semvid.kernels.{name}") for name in MODULES[backend]]
+    return Ops(backend, **{op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in Ops._fields[1:]})
+
+
+def interpreted() -> bool:
+    """Returns whether Triton's kernels run in its interpreter, on the CPU."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -106,3 +106,21 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[int, i
     if plan.q_offsets.shape[0] != H:
         raise ValueError(f"the plan is for {plan.q_offsets.shape[0]} heads, q has {H}")
     return H, Nq, Nk, D
+
+
+def check_rotary(x: Tensor, weight: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> tuple[int, int, int]:
+    """Returns (B, N, D) of the inputs of `norm_rotary`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the others; the message names it.
+    """
+    B, N, width = check_rows("x", x)
+    D = width // heads
+    if D * heads != width or D % 2:
+        raise ValueError(f"x is {width} wide; accepted: heads · D with D even, heads {heads}")
+    if tuple(weight.shape) != (width,):
+        raise ValueError(f"weight must be [{width}], not {list(weight.shape)}")
+    for name, angles in (("cosines", cosines), ("sines", sines)):
+        if tuple(angles.shape) != (N, D) or angles.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32 [{N}, {D}], not {angles.dtype} {list(angles.shape)}")
+    return B, N, D

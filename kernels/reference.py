@@ -16,6 +16,7 @@ from semvid.kernels.layout import (
     check_attention,
     check_index,
     check_plan,
+    check_rotary,
     check_rows,
 )
 
@@ -231,6 +232,28 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     shift = lse.nan_to_num(neginf=0.0)
     weight_a, weight_b = (lse_a - shift).exp()[..., None], (lse_b - shift).exp()[..., None]
     return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
+
+
+def norm_rotary(x: Tensor, weight: Tensor, eps: float, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+    """Returns x normed, turned and split into heads, [B·H, N, D], in x's dtype.
+
+    Each pair (x1, x2) of a head's channels is turned by its token's angle (RoPE, arXiv 2104.09864). The norm is rounded
+    to x's dtype before the turn.
+
+    Args:
+        x: [B, N, H·D], any floating dtype; D even.
+        weight: [H·D], of the RMS norm across heads (Zhang, Sennrich 2019).
+        eps: added to the mean square.
+        cosines: fp32 [N, D], each value twice (2i and 2i + 1), as diffusers keeps them.
+        sines: likewise.
+        heads: H.
+    """
+    _, N, D = check_rotary(x, weight, cosines, sines, heads)
+    normed = torch.nn.functional.rms_norm(x, (heads * D,), weight, eps).unflatten(2, (heads, D)).transpose(1, 2)
+    x1, x2 = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cosines[:, 0::2], sines[:, 1::2]
+    turned = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+    return turned.to(x.dtype).reshape(-1, N, D)
 
 
 def _pairs_at_once(device: torch.device) -> int:

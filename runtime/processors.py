@@ -2,8 +2,7 @@
 
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
@@ -52,46 +51,35 @@ class WanProcessor:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("sparse attention serves self-attention without a mask")
+        if rotary_emb is None:
+            raise ValueError("rotary_emb is None; accepted: cosines and sines: Wan's self-attention has them")
         q, k, v = _project(attn, hidden_states)
-        if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
-        out = _unfold(sparse_attention(_fold(q), _fold(k), _fold(v), self.session, self.layer, todo), q.shape[0])
+        q, k = (self._fold_turned(norm, x, rotary_emb) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
+        heads = sparse_attention(q, k, _fold(v, attn.heads), self.session, self.layer, todo)
+        out = _unfold(heads, hidden_states.shape[0])
         for module in attn.to_out:
             out = module(out)
         return out
 
+    def _fold_turned(self, norm: Any, x: Tensor, rotary_emb: Rotary) -> Tensor:
+        """Returns normed and turned heads, [B·H, N, D], of projected x [B, N, H·D]."""
+        cosines, sines = (angles[0, :, 0] for angles in rotary_emb)
+        heads = x.shape[-1] // cosines.shape[-1]
+        return self.session.ops.norm_rotary(x, norm.weight, norm.eps, cosines, sines, heads)
+
 
 def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns normed queries and keys, and values, [B, N, H, D] each."""
+    """Returns queries, keys and values, [B, N, H·D] each."""
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-    else:
-        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (_norm(attn.norm_q, q), _norm(attn.norm_k, k), v))
-    return q, k, v
+        return q, k, v
+    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    normed: Tensor = norm(x)
-    return normed
-
-
-def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Returns x with each pair (x1, x2) of channels turned by its token's angle (RoPE), in x's dtype.
-
-    Args:
-        x: [B, N, H, D].
-        cosines: [1, N, 1, D], each value twice, as diffusers keeps them.
-        sines: likewise.
-    """
-    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cosines[..., 0::2], sines[..., 1::2]
-    return torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).flatten(-2).type_as(x)
-
-
-def _fold(x: Tensor) -> Tensor:
-    """Returns [B, N, H, D] as [B·H, N, D]."""
-    return x.transpose(1, 2).flatten(0, 1).contiguous()
+def _fold(x: Tensor, heads: int) -> Tensor:
+    """Returns [B, N, H·D] as [B·H, N, D]; a view where B is 1."""
+    folded: Tensor = x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    return folded
 
 
 def _unfold(x: Tensor, batch: int) -> Tensor:

@@ -39,9 +39,10 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory = _refresh(q, k, session, layer, todo)
         session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
-    ops = session.ops
-    keys, values = ops.gather_rows(k, memory.k_permutation.order), ops.gather_rows(v, memory.k_permutation.order)
-    out, _ = ops.attention(q, keys, values, memory.plan, q_order=memory.q_permutation.order)
+    ops, by_query, by_key = session.ops, memory.q_permutation.order, memory.k_permutation.order
+    queries, keys, values = ops.gather_rows(q, by_query), ops.gather_rows(k, by_key), ops.gather_rows(v, by_key)
+    grouped, _ = ops.attention(queries, keys, values, memory.plan)
+    out = ops.scatter_rows(grouped, by_query)
     session.meter.count_sparse(memory.density)
     return out
 
