@@ -51,8 +51,10 @@ def tile_for(D: int, dtype: torch.dtype, shared_bytes: int) -> Tile:
     if dtype == torch.float32:
         # Products are exact fp32, on the ordinary cores: a reference, not a fast path.
         return Tile(rows=32, keys=32, warps=8, stages=1, halve=False, lag=False)
-    if shared_bytes >= 2 * D * (128 + 4 * 128) + 2048:
-        return Tile(rows=128, keys=128, warps=8, stages=2)
+    # In shared memory stand the rows of Q and `stages` tiles of K and of V, 2 bytes a value.
+    for stages in (3, 2):
+        if shared_bytes >= 2 * D * (128 + 2 * stages * 128) + 1024:
+            return Tile(rows=128, keys=128, warps=8, stages=stages, halve=False)
     return Tile(rows=64, keys=64, warps=4, stages=2, halve=False)
 
 

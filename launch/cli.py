@@ -1,4 +1,4 @@
-"""The command line: `semvid run | compare | doctor`. Everything that is wrong is said in one line, before any work."""
+"""The command line: `semvid run | compare | bench | doctor`. What is wrong is said in one line, before any work."""
 
 import argparse
 import difflib
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from semvid.launch import env
+from semvid.launch.bench import options as bench_options
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
@@ -34,23 +35,25 @@ class Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(word, known, n=1)
         if not word.startswith("-"):
-            self.error(f"unknown word {word!r} after the prompt; a prompt of several words stands in quotes")
+            prompt = any(action.dest == "prompt" for action in self._actions)
+            text = "; a prompt of several words stands in quotes"
+            self.error(f"unknown word {word!r}" + (f" after the prompt{text}" if prompt else ""))
         self.error(f"unknown option {word!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command line and returns its exit code: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C."""
     env.prepare()
-    parser, commands = _parser()
+    parser = _parser()
     try:
         args, unknown = parser.parse_known_args(argv)
-        if args.command is None:
-            parser.print_help()
+        chosen: Parser = args.parser
+        chosen.refuse_unknown(unknown)
+        command: Callable[[argparse.Namespace], int] | None = args.run
+        if command is None:
+            chosen.print_help()
             return 2
-        commands[args.command].refuse_unknown(unknown)
-        command: Callable[[argparse.Namespace], None] = args.run
-        command(args)
-        return 0
+        return command(args)
     except (ValueError, FileExistsError, PermissionError) as error:
         print(f"semvid: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -59,16 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
+def _parser() -> Parser:
     about = "Video from diffusion transformers with semantic sparse attention."
     parser = Parser("semvid", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"semvid {env.versions()['semvid']}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    parser.set_defaults(run=None, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="make a video", allow_abbrev=False, description="Make a video.")
     _add_job_options(run)
     preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
     run.add_argument("--preset", metavar="NAME", help=preset)
-    run.set_defaults(run=_run)
+    run.set_defaults(run=_run, parser=run)
     compare = commands.add_parser(
         "compare",
         help="make a video with two presets and measure how alike they are",
@@ -82,7 +86,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     compare.add_argument(
         "--against", metavar="B", default="dense", help=f"the yardstick: {_presets()} (default: %(default)s)"
     )
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run=_compare, parser=compare)
+    _add_bench(commands)
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine can run and what is missing",
@@ -90,8 +95,42 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         allow_abbrev=False,
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
-    doctor.set_defaults(run=_doctor)
-    return parser, {"run": run, "compare": compare, "doctor": doctor}
+    doctor.set_defaults(run=_doctor, parser=doctor)
+    return parser
+
+
+def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Adds `bench` and what it can measure."""
+    about = "Measure this machine."
+    bench = commands.add_parser("bench", help="measure this machine", description=about, allow_abbrev=False)
+    bench.set_defaults(run=None, parser=bench)
+    kernels = bench.add_subparsers(metavar="WHAT", parser_class=Parser).add_parser(
+        "kernels",
+        help="each op and the whole attention call, checked, then timed, beside the peers that are installed",
+        description="Check each op of the attention call, then time it, beside the peers that are installed.",
+        allow_abbrev=False,
+    )
+    kernels.set_defaults(run=_bench_kernels, parser=kernels)
+    add, default = kernels.add_argument, bench_options.Options()
+    shapes, peers = ", ".join(bench_options.SHAPES), ", ".join(bench_options.PEERS)
+    here = "wan14b-720p on a GPU, toy on a CPU"
+    add("--shape", nargs="+", metavar="NAME", default=[], help=f"{shapes} (default: {here})")
+    backends = _choices(AttentionConfig, "backend")
+    add("--backend", choices=backends, default=default.backend, help="whose ops (default: auto, the fastest here)")
+    text = "share of token pairs computed, mean over heads as uneven as recorded ones (default: %(default)s)"
+    add("--density", type=float, metavar="X", default=default.density, help=text)
+    add("--query-clusters", type=int, metavar="N", help="default: the svg2 preset's for so many tokens")
+    add("--key-clusters", type=int, metavar="N", help="default: likewise")
+    text = "timed calls at most, fewer of what takes long (default: %(default)s)"
+    add("--repeats", type=int, metavar="N", default=default.repeats, help=text)
+    add("--warmup", type=int, metavar="N", default=default.warmup, help="calls before those (default: %(default)s)")
+    text = f"all, none, or names (default: all, which leaves flex out): {peers}"
+    add("--peers", nargs="+", metavar="NAME", default=list(default.peers), help=text)
+    add("--device", choices=_choices(ModelConfig, "device"), default=default.device, help="default: auto")
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the inputs (default: %(default)s)")
+    text = f"where bench.json and the plots go (default: a new folder in {jobs.DEFAULT_ROOT}/)"
+    add("--out", metavar="DIR", type=Path, help=text)
+    add("--json", action="store_true", help="print one JSON object on stdout; the table goes to stderr")
 
 
 def _presets() -> str:
@@ -158,7 +197,7 @@ def _check_device(config: Config) -> None:
     select(config.attention.backend, resolve_device(config.model.device))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     config = _config(args, args.preset)
     job = jobs.create(args.out or jobs.default_folder(config.video.prompt), config)
     from semvid.launch import worker
@@ -169,9 +208,10 @@ def _run(args: argparse.Namespace) -> None:
     say(summary(job, result), sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(as_json(job, result, env.surroundings(result.device)), allow_nan=False))
+    return 0
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _compare(args: argparse.Namespace) -> int:
     presets = {"preset": args.preset, "against": args.against}
     config = {side: _config(args, name, f"--{side}") for side, name in presets.items()}
     folder = args.out or jobs.default_folder(config["preset"].video.prompt)
@@ -183,13 +223,39 @@ def _compare(args: argparse.Namespace) -> None:
     print("\n".join(table(report)), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, allow_nan=False))
+    return 0
 
 
-def _doctor(args: argparse.Namespace) -> None:
+def _bench_kernels(args: argparse.Namespace) -> int:
+    options = bench_options.Options(
+        shapes=bench_options.words(args.shape),
+        backend=args.backend,
+        density=args.density,
+        query_clusters=args.query_clusters,
+        key_clusters=args.key_clusters,
+        repeats=args.repeats,
+        warmup=args.warmup,
+        peers=bench_options.words(args.peers),
+        device=args.device,
+        seed=args.seed,
+    )
+    # Before torch is imported.
+    bench_options.check(options)
+    from semvid.launch.bench import kernels
+
+    report, lines = kernels.run(options, args.out)
+    print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(report, allow_nan=False))
+    return 1 if report["failed"] else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
     from semvid.launch.doctor import examine, lines
 
     found: dict[str, Any] = examine()
     print(json.dumps(found) if args.json else "\n".join(lines(found)))
+    return 0
 
 
 if __name__ == "__main__":

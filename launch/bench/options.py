@@ -1,0 +1,175 @@
+"""What `semvid bench kernels` can be asked: shapes, peers and options, checked before any work. Needs no torch."""
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from semvid.runtime.config import AttentionConfig, cluster_counts, resolve
+
+LEAST_DENSITY = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Self-attention of one layer, one video."""
+
+    name: str
+    model: str
+    """Whose recorded per-head densities the block map takes, as `configs/traces` names it."""
+    heads: int
+    head_dim: int
+    tokens: int
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(name="wan1.3b-480p", model="Wan2.1-T2V-1.3B", heads=12, head_dim=128, tokens=32_760),
+        Shape(name="wan1.3b-720p", model="Wan2.1-T2V-1.3B", heads=12, head_dim=128, tokens=75_600),
+        Shape(name="wan14b-480p", model="Wan2.1-T2V-14B", heads=40, head_dim=128, tokens=32_760),
+        Shape(name="wan14b-720p", model="Wan2.1-T2V-14B", heads=40, head_dim=128, tokens=75_600),
+        Shape(name="hunyuan-720p", model="HunyuanVideo", heads=24, head_dim=128, tokens=118_800),
+        Shape(name="toy", model="Wan2.1-T2V-1.3B", heads=2, head_dim=64, tokens=500),
+    )
+}
+CPU_SHAPES = ("toy",)
+DEFAULT_SHAPE = {"cpu": "toy", "cuda": "wan14b-720p"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Somebody else's code that is timed beside ours."""
+
+    name: str
+    packages: tuple[str, ...] = ("torch",)
+    """Distributions it needs; the first one's version names it."""
+    modules: tuple[str, ...] = ("torch",)
+    """What these distributions are imported as."""
+    needs_gpu: bool = True
+    in_all: bool = True
+    """Whether "all" means it too."""
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(name="sdpa-cudnn"),
+        Peer(name="sdpa-flash", needs_gpu=False),
+        Peer(name="fa3", packages=("fa3-fwd",), modules=("fa3_fwd_interface",)),
+        Peer(name="flashinfer-fa2", packages=("flashinfer-python", "einops"), modules=("flashinfer", "einops")),
+        Peer(name="flashinfer-fa3", packages=("flashinfer-python", "einops"), modules=("flashinfer", "einops")),
+        Peer(name="flash-kmeans", packages=("flash-kmeans",), modules=("flash_kmeans",)),
+        Peer(name="torch-permute", needs_gpu=False),
+        # It compiles a kernel a shape, which takes longer than all the rest.
+        Peer(name="flex", in_all=False),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """One `semvid bench kernels`."""
+
+    shapes: tuple[str, ...] = ()
+    """Names of SHAPES; none means the device's default."""
+    backend: str = "auto"
+    density: float = 0.3
+    """Mean over the heads of the share of token pairs computed; the recorded densities are scaled to it."""
+    query_clusters: int | None = None
+    """Overrides the svg2 preset's table, as does the next."""
+    key_clusters: int | None = None
+    repeats: int = 30
+    """At most so many timed calls; fewer, but at least 5, of what takes long."""
+    warmup: int = 3
+    """Calls before the timed ones, after the one that is checked."""
+    peers: tuple[str, ...] = ("all",)
+    device: str = "auto"
+    seed: int = 0
+
+
+def check(options: Options) -> None:
+    """Raises ValueError if an option is outside what is accepted, naming it."""
+    for name in options.shapes:
+        _require_known("--shape", name, SHAPES)
+    for name in options.peers:
+        _require_known("--peers", name, ["all", "none", *PEERS])
+    if "none" in options.peers and len(options.peers) > 1:
+        raise ValueError("--peers is 'none' beside other names; accepted: none alone, or names without it")
+    if not LEAST_DENSITY <= options.density <= 1:
+        raise ValueError(f"--density is {options.density:g}; accepted: {LEAST_DENSITY} .. 1")
+    counts = {"--query-clusters": options.query_clusters, "--key-clusters": options.key_clusters}
+    for option, value in (counts | {"--repeats": options.repeats}).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option} is {value}; accepted: 1 or more")
+    if options.warmup < 0:
+        raise ValueError(f"--warmup is {options.warmup}; accepted: 0 or more")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed is {options.seed}; accepted: 0 .. 2^63 - 1")
+
+
+def shapes_on(options: Options, device: str) -> list[Shape]:
+    """Returns the shapes to measure on a "cpu" or "cuda" device.
+
+    Raises:
+        ValueError: a real shape on a CPU, or more clusters than tokens.
+    """
+    shapes = [SHAPES[name] for name in dict.fromkeys(options.shapes or (DEFAULT_SHAPE[device],))]
+    for shape in shapes:
+        if device == "cpu" and shape.name not in CPU_SHAPES:
+            accepted = ", ".join(CPU_SHAPES)
+            raise ValueError(f"--shape is {shape.name!r}, which takes a GPU; accepted on a CPU: {accepted}")
+        for option, count in (("query", options.query_clusters), ("key", options.key_clusters)):
+            if count is not None and count > shape.tokens:
+                raise ValueError(
+                    f"--{option}-clusters is {count}; accepted: 1 .. {shape.tokens}, {shape.name}'s tokens"
+                )
+    return shapes
+
+
+def attention_config(options: Options, shape: Shape) -> AttentionConfig:
+    """Returns the svg2 preset's attention with the cluster counts of `shape` written out."""
+    given = {"query_clusters": options.query_clusters, "key_clusters": options.key_clusters}
+    overrides = {name: count for name, count in given.items() if count is not None}
+    # A job needs a prompt; this one makes no video.
+    layers = {"video": {"prompt": "a benchmark"}, "attention": overrides}
+    attention = resolve(None, layers, preset="svg2").attention
+    query, key = cluster_counts(attention, shape.tokens)
+    return dataclasses.replace(attention, query_clusters=query, key_clusters=key)
+
+
+def peers_on(options: Options, device: str) -> dict[str, str | None]:
+    """Returns the peers asked for, each with the reason why it can't run on a "cpu" or "cuda" device, or None.
+
+    Raises:
+        ValueError: a peer that is asked for by name can't run.
+    """
+    named = [name for name in dict.fromkeys(options.peers) if name in PEERS]
+    for name in named:
+        reason = missing(PEERS[name], device)
+        if reason is not None:
+            raise ValueError(f"--peers is {name!r}, which can't run here: {reason}")
+    general = [name for name, peer in PEERS.items() if peer.in_all] if "all" in options.peers else []
+    return {name: missing(PEERS[name], device) for name in dict.fromkeys([*general, *named])}
+
+
+def missing(peer: Peer, device: str) -> str | None:
+    """Returns why `peer` can't run on a "cpu" or "cuda" device, or None; imports nothing."""
+    absent = [p for p, m in zip(peer.packages, peer.modules, strict=True) if importlib.util.find_spec(m) is None]
+    if absent:
+        return f"not installed (pip install {' '.join(absent)})"
+    return "it needs an NVIDIA GPU" if peer.needs_gpu and device != "cuda" else None
+
+
+def words(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names in command-line words that hold them apart by spaces or commas."""
+    return tuple(name for value in values or () for name in value.split(",") if name)
+
+
+def _require_known(option: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{option} is {name!r}; accepted: {', '.join(known)}{guess}")
