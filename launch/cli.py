@@ -54,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen.print_help()
             return 2
         return command(args)
-    except (ValueError, FileExistsError, PermissionError) as error:
+    except ValueError as error:
         print(f"semvid: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        print(f"semvid: {env.failure(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nsemvid: interrupted; the job folder says how far it came", file=sys.stderr)
         return 130

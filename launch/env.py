@@ -24,6 +24,19 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def failure(error: Exception) -> str:
+    """Returns what to tell a person of an error that is the machine's and not the input's.
+
+    Raises:
+        Exception: `error` itself, if it is neither the file system's nor a lack of memory: a defect keeps its trace.
+    """
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "out of memory; fewer --frames or a smaller --height and --width need less"
+    raise error
+
+
 def usable_cores() -> int:
     """Returns how many cores this process may use: its affinity, or a container's CPU quota if that is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -41,6 +41,9 @@ def main() -> int:
     except ValueError as error:
         print(f"semvid.launch.worker: {error}", file=sys.stderr)
         return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        print(f"semvid.launch.worker: {env.failure(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"semvid.launch.worker: interrupted; {folder} says how far it came", file=sys.stderr)
         return 130

@@ -38,8 +38,15 @@ def start(pipeline: Any, video: VideoConfig) -> Denoising:
     """Returns the state before the first step: prompts encoded, timesteps set, noise drawn.
 
     The noise comes from a CPU generator: the same on every device.
+
+    Raises:
+        ValueError: a prompt is longer than the model reads; diffusers would cut it off.
     """
     device = pipeline._execution_device
+    for name, text in (("prompt", video.prompt), ("negative_prompt", video.negative_prompt)):
+        length = len(pipeline.tokenizer(text).input_ids)
+        if length > PROMPT_ROWS:
+            raise ValueError(f"{name} has {length} tokens; accepted: {PROMPT_ROWS} or fewer")
     prompt, negative = pipeline.encode_prompt(
         prompt=video.prompt,
         negative_prompt=video.negative_prompt,

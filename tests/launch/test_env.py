@@ -24,3 +24,11 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_commit_is_named_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMVID_COMMIT", "abc")
     assert env.commit() == "abc"
+
+
+def test_a_failure_of_the_machine_is_one_line_and_a_defect_keeps_its_traceback() -> None:
+    assert env.failure(OSError(28, "No space left on device", "video.mp4")) == "No space left on device: video.mp4"
+    assert "fewer --frames" in env.failure(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "fewer --frames" in env.failure(MemoryError())
+    with pytest.raises(RuntimeError, match="shape"):
+        env.failure(RuntimeError("shape mismatch"))

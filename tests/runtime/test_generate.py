@@ -69,6 +69,13 @@ def test_a_job_that_is_stopped_says_so_and_leaves_no_half_video(
     assert sorted(path.name for path in job.folder.iterdir()) == ["events.jsonl", "job.toml"]
 
 
+def test_a_prompt_longer_than_the_model_reads_is_refused(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    job = jobs.create(tmp_path / "job", tiny_config(prompt="red ball " * 300))
+    with pytest.raises(ValueError, match=r"prompt has \d+ tokens; accepted: 512 or fewer"):
+        generate(job)
+    assert job.state == "failed"
+
+
 def test_a_folder_that_holds_a_job_is_refused(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     jobs.create(tmp_path / "job", tiny_config())
     with pytest.raises(ValueError, match="already holds a job"):
