@@ -1,4 +1,8 @@
-"""Which backend of the ops runs here: "reference" anywhere, "triton" on a GPU (or, for tests, in its interpreter)."""
+"""Which backend of the ops runs here.
+
+"reference" runs anywhere, "triton" on a GPU (or, for tests, in its interpreter), "hopper" on a Hopper GPU; what hopper
+has no kernel for, triton does.
+"""
 
 import importlib
 import importlib.util
@@ -10,13 +14,17 @@ from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Permutation, Plan
 
-# Each backend's modules; the best comes last.
+_TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary")
+# Each backend's modules, an op is taken from the first that has it; the best backend comes last.
 MODULES = {
     "reference": ("reference",),
-    "triton": ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary"),
+    "triton": _TRITON,
+    "hopper": ("hopper", *_TRITON),
 }
 BACKENDS = ("auto", *MODULES)
 OLDEST_GPU = (8, 0)
+# The first release of Triton whose Gluon has what `hopper` uses.
+OLDEST_GLUON = (3, 6)
 
 
 class Ops(NamedTuple):
@@ -25,6 +33,7 @@ class Ops(NamedTuple):
     name: str
     assign: Callable[[Tensor, Tensor], Tensor]
     cluster_sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    sums_by_runs: Callable[[Tensor, Permutation], tuple[Tensor, Tensor]]
     group: Callable[[Tensor, int], Permutation]
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     scatter_rows: Callable[[Tensor, Tensor], Tensor]
@@ -48,6 +57,8 @@ def missing(backend: str, device: torch.device) -> str | None:
         return None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
+    if backend == "hopper":
+        return _missing_hopper(device)
     if device.type != "cuda":
         return None if interpreted() else f"it needs an NVIDIA GPU, not {device}"
     found = torch.cuda.get_device_capability(device)
@@ -71,6 +82,24 @@ def select(backend: str, device: torch.device) -> Ops:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {reason}")
     modules = [importlib.import_module(f"semvid.kernels.{name}") for name in MODULES[backend]]
     return Ops(backend, **{op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in Ops._fields[1:]})
+
+
+def _missing_hopper(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a Hopper GPU (compute capability 9.0), not {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"it needs a Hopper GPU (compute capability 9.0), this GPU has {major}.{minor}"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_GLUON:
+        return f"it needs triton 3.6 or newer, found {triton.__version__} (pip install 'triton>=3.6')"
+    try:
+        # Gluon is experimental: a release may lack it or rename what the kernels use.
+        importlib.import_module("semvid.kernels.hopper")
+    except ImportError as error:
+        return f"triton {triton.__version__} lacks the Gluon that it needs: {error}"
+    return None
 
 
 def interpreted() -> bool:

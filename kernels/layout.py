@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 
+class Permutation(NamedTuple):
+    """A stable order of tokens by label: the tokens of a cluster are one run."""
+
+    order: Tensor
+    """int32 [H, N]: order[h, i] is the token that stands at sorted position i."""
+    offsets: Tensor
+    """int32 [H, C + 1]: cluster c is the run offsets[h, c] .. offsets[h, c + 1]."""
+
+
 class Clusters(NamedTuple):
     """Tokens of every head divided by k-means."""
 
@@ -17,16 +26,9 @@ class Clusters(NamedTuple):
     centroids: Tensor
     """fp32 [H, C, D]: the mean of each cluster's tokens; an empty cluster keeps the centroid it had."""
     sizes: Tensor
-    """int32 [H, C]: tokens in each cluster."""
-
-
-class Permutation(NamedTuple):
-    """A stable order of tokens by label: the tokens of a cluster are one run."""
-
-    order: Tensor
-    """int32 [H, N]: order[h, i] is the token that stands at sorted position i."""
-    offsets: Tensor
-    """int32 [H, C + 1]: cluster c is the run offsets[h, c] .. offsets[h, c + 1]."""
+    """int32 [H, C]: tokens in each cluster, over all ranks."""
+    permutation: Permutation
+    """The local tokens in the order of their labels."""
 
 
 class BlockMap(NamedTuple):

@@ -54,16 +54,30 @@ def cluster_sums(x: Tensor, labels: Tensor, C: int) -> tuple[Tensor, Tensor]:
         labels: int32 [H, N], each in 0 .. C - 1.
         C: number of clusters.
     """
-    H, N, D = check_rows("x", x)
+    H, N, _ = check_rows("x", x)
     check_index("labels", labels, (H, N))
-    order, offsets = group(labels, C)
+    return sums_by_runs(x, group(labels, C))
+
+
+def sums_by_runs(x: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
+    """Returns `cluster_sums` of tokens that are grouped already, so that the order is made once for both uses.
+
+    Args:
+        x: [H, N, D], any floating dtype, in token order.
+        permutation: of x's tokens, from `group`.
+    """
+    H, N, D = check_rows("x", x)
+    order, offsets = permutation
+    C = offsets.shape[-1] - 1
+    check_index("order", order, (H, N))
+    check_index("offsets", offsets, (H, C + 1))
     counts = offsets.diff()
+    rows = gather_rows(x, order).float().reshape(H * N, D)
     if x.device.type == "cpu":
-        rows = labels.long() + torch.arange(H)[:, None] * C
-        sums = torch.zeros(H * C, D).index_add_(0, rows.flatten(), x.float().reshape(H * N, D))
+        cluster = torch.repeat_interleave(torch.arange(H * C), counts.flatten())
+        sums = torch.zeros(H * C, D).index_add_(0, cluster, rows)
     else:
         # On a GPU index_add_ adds in another order each time; this adds row after row of each run.
-        rows = gather_rows(x, order).float().reshape(H * N, D)
         sums = torch.segment_reduce(rows, "sum", lengths=counts.flatten().long(), unsafe=True, initial=0.0)
     return sums.view(H, C, D), counts
 

@@ -16,8 +16,8 @@ def refine(
     """Returns the clusters of each x after Lloyd's iterations from its starting centroids.
 
     Each iteration labels the local tokens, sums them per cluster, and all-reduces the sums and counts of all xs in
-    one buffer. Labels belong to the last assignment; centroids and sizes are the means and counts of those labels
-    over all ranks. An empty cluster keeps its centroid.
+    one buffer. Labels and order belong to the last assignment; centroids and sizes are the means and counts of those
+    labels over all ranks. An empty cluster keeps its centroid.
 
     Args:
         xs: local tokens, [H, n, D] each (queries and keys).
@@ -28,14 +28,15 @@ def refine(
     """
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; accepted: 1 or more")
-    centroids, labels, counts = list(starts), [], []
+    centroids, labels, orders, counts = list(starts), [], [], []
     for _ in range(iterations):
         labels = [ops.assign(x, c) for x, c in zip(xs, centroids, strict=True)]
-        sums = [ops.cluster_sums(x, label, c.shape[1]) for x, label, c in zip(xs, labels, centroids, strict=True)]
+        orders = [ops.group(label, c.shape[1]) for label, c in zip(labels, centroids, strict=True)]
+        sums = [ops.sums_by_runs(x, order) for x, order in zip(xs, orders, strict=True)]
         reduced = all_reduce_sum([part for pair in sums for part in pair], group)
         totals, counts = reduced[0::2], reduced[1::2]
         centroids = [_means(*parts) for parts in zip(totals, counts, centroids, strict=True)]
-    return [Clusters(*parts) for parts in zip(labels, centroids, counts, strict=True)]
+    return [Clusters(*parts) for parts in zip(labels, centroids, counts, orders, strict=True)]
 
 
 def random_tokens(x: Tensor, C: int, key: Sequence[int], tokens: int, first: int = 0, group: Group = None) -> Tensor:

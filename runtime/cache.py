@@ -1,20 +1,18 @@
-"""What a job remembers from step to step: clusters, permutations and plans, per (layer, branch)."""
+"""What a job remembers from step to step: clusters and plans, per (layer, branch)."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-from semvid.kernels.layout import Clusters, Permutation, Plan
+from semvid.kernels.layout import Clusters, Plan
 
 
 class Memory(NamedTuple):
-    """One layer's and branch's clusters, and what follows from them."""
+    """One layer's and branch's clusters, their order among them, and what follows from them."""
 
     queries: Clusters
     keys: Clusters
-    q_permutation: Permutation
-    k_permutation: Permutation
     plan: Plan
     density: Tensor
     """fp32 [H]: the share of token pairs that the plan computes."""

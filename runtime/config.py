@@ -72,7 +72,7 @@ class AttentionConfig:
 
     method: Literal["dense", "clusters"] = "clusters"
     """"dense": the model's own attention everywhere."""
-    backend: Literal["auto", "triton", "reference"] = "auto"
+    backend: Literal["auto", "hopper", "triton", "reference"] = "auto"
     """Which kernels; "auto" takes the fastest that run on the device."""
     p: float = 0.9
     """Share of the estimated attention mass that a query cluster's selected key clusters reach, 0 < p <= 1."""

@@ -4,7 +4,6 @@ import zlib
 
 from torch import Tensor
 
-from semvid.kernels.layout import Permutation
 from semvid.parallel.kmeans import random_tokens, refine
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import cluster_counts
@@ -39,7 +38,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory = _refresh(q, k, session, layer, todo)
         session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
-    ops, by_query, by_key = session.ops, memory.q_permutation.order, memory.k_permutation.order
+    ops, by_query, by_key = session.ops, memory.queries.permutation.order, memory.keys.permutation.order
     queries, keys, values = ops.gather_rows(q, by_query), ops.gather_rows(k, by_key), ops.gather_rows(v, by_key)
     grouped, _ = ops.attention(queries, keys, values, memory.plan)
     out = ops.scatter_rows(grouped, by_query)
@@ -48,19 +47,13 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
 
 
 def _refresh(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> Memory:
-    """Returns new clusters of q and k and all that follows from them: permutations, map and plan."""
+    """Returns new clusters of q and k, in order, and what follows from them: map and plan."""
     ops, config = session.ops, session.config
     queries, keys = refine([q, k], _starts(q, k, session, layer, todo), todo.iterations, ops, session.group)
     block_map = ops.top_p_map(queries.centroids, keys.centroids, keys.sizes, config.p, config.floor)
     density = ops.density(block_map, queries.sizes, keys.sizes)
-    q_permutation = _permutation(queries.labels, queries.sizes, session)
-    k_permutation = _permutation(keys.labels, keys.sizes, session)
-    plan = ops.plan(q_permutation.offsets, k_permutation.offsets, block_map)
-    return Memory(queries, keys, q_permutation, k_permutation, plan, density)
-
-
-def _permutation(labels: Tensor, sizes: Tensor, session: Session) -> Permutation:
-    return session.ops.group(labels, sizes.shape[1])
+    plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
+    return Memory(queries, keys, plan, density)
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:

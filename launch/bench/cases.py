@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semvid.kernels import reference
 from semvid.kernels.dispatch import Ops
-from semvid.kernels.layout import BlockMap, Clusters, Permutation, Plan
+from semvid.kernels.layout import BlockMap, Clusters, Plan
 from semvid.launch.bench import checks
 from semvid.launch.bench.checks import Check
 from semvid.launch.bench.workload import Workload, computed_pairs, padded_pairs
@@ -45,9 +45,9 @@ class Cases:
 
     def __init__(self, work: Workload, ops: Ops) -> None:
         self.work, self.ops = work, ops
-        self.queries = reference.gather_rows(work.q, work.q_permutation.order)
-        self.keys = reference.gather_rows(work.k, work.k_permutation.order)
-        self.values = reference.gather_rows(work.v, work.k_permutation.order)
+        self.queries = reference.gather_rows(work.q, work.queries.permutation.order)
+        self.keys = reference.gather_rows(work.k, work.keys.permutation.order)
+        self.values = reference.gather_rows(work.v, work.keys.permutation.order)
         self.truth = checks.true_rows(work.q, work.k, work.v, (work.block_map, work.queries.labels, work.keys.labels))
         self.dense_truth: checks.Rows | None = None
         self.pairs = computed_pairs(work.block_map, work.queries.sizes, work.keys.sizes)
@@ -79,16 +79,14 @@ class Cases:
             "reuse": lambda: self.whole("reuse", Reuse()),
         }
 
-    def side(self, name: str) -> tuple[Tensor, Tensor, Clusters, Permutation]:
-        """Returns tokens, starting centroids, clusters and order of "q" or "k"."""
+    def side(self, name: str) -> tuple[Tensor, Tensor, Clusters]:
+        """Returns tokens, starting centroids and clusters of "q" or "k"."""
         w = self.work
-        return (
-            (w.q, w.q_starts, w.queries, w.q_permutation) if name == "q" else (w.k, w.k_starts, w.keys, w.k_permutation)
-        )
+        return (w.q, w.q_starts, w.queries) if name == "q" else (w.k, w.k_starts, w.keys)
 
     def assign(self, side: str) -> Case:
         """Nearest centroids: 2·H·N·C·D operations."""
-        x, starts, _, _ = self.side(side)
+        x, starts, _ = self.side(side)
         return Case(
             name=f"assign {side}",
             call=lambda: self.ops.assign(x, starts),
@@ -98,7 +96,7 @@ class Cases:
 
     def cluster_sums(self) -> Case:
         """Sums of the keys: x and the labels are read once."""
-        x, starts, clusters, _ = self.side("k")
+        x, starts, clusters = self.side("k")
         return Case(
             name="cluster_sums k",
             call=lambda: self.ops.cluster_sums(x, clusters.labels, starts.shape[1]),
@@ -108,7 +106,7 @@ class Cases:
 
     def iteration(self, side: str) -> Case:
         """One k-means iteration as the call does it: assign, sums, means."""
-        x, starts, _, _ = self.side(side)
+        x, starts, _ = self.side(side)
         return Case(
             name=f"iteration {side}",
             call=lambda: refine([x], [starts], 1, self.ops),
@@ -140,7 +138,8 @@ class Cases:
 
     def group(self, side: str) -> Case:
         """The stable order of the labels."""
-        _, starts, clusters, permutation = self.side(side)
+        _, starts, clusters = self.side(side)
+        permutation = clusters.permutation
         return Case(
             name=f"group {side}",
             call=lambda: self.ops.group(clusters.labels, starts.shape[1]),
@@ -150,7 +149,7 @@ class Cases:
 
     def gather(self, name: str) -> Case:
         """Rows of k or v in sorted order."""
-        x, order = self.work.k if name == "k" else self.work.v, self.work.k_permutation.order
+        x, order = self.work.k if name == "k" else self.work.v, self.work.keys.permutation.order
         return Case(
             name=f"gather {name}",
             call=lambda: self.ops.gather_rows(x, order),
@@ -160,7 +159,7 @@ class Cases:
 
     def scatter(self) -> Case:
         """Rows of out (v stands for it) back in token order."""
-        x, order = self.work.v, self.work.q_permutation.order
+        x, order = self.work.v, self.work.queries.permutation.order
         return Case(
             name="scatter out",
             call=lambda: self.ops.scatter_rows(x, order),
@@ -180,12 +179,12 @@ class Cases:
 
         def check(result: tuple[Tensor, ...]) -> Check:
             k, v, q = result
-            order = w.k_permutation.order
+            order = w.keys.permutation.order
             whole = checks.check_equal(q, w.q)
             return checks.worst(whole, checks.check_moved(w.k, order, k), checks.check_moved(w.v, order, v))
 
-        orders = [w.queries.labels, w.keys.labels, *w.q_permutation, *w.k_permutation]
-        moved = num_bytes(*orders) + 4 * num_bytes(w.q, w.q, w.q_permutation.order)
+        orders = [w.queries.labels, w.keys.labels, *w.queries.permutation, *w.keys.permutation]
+        moved = num_bytes(*orders) + 4 * num_bytes(w.q, w.q, w.queries.permutation.order)
         return Case(name="permute all", call=call, check=check, moved_bytes=moved)
 
     def plan(self) -> Case:
@@ -251,8 +250,6 @@ class Cases:
         before = Memory(
             w.queries._replace(centroids=w.q_starts),
             w.keys._replace(centroids=w.k_starts),
-            w.q_permutation,
-            w.k_permutation,
             self.make_plan(),
             self.ops.density(w.block_map, w.queries.sizes, w.keys.sizes),
         )
@@ -268,17 +265,19 @@ class Cases:
     def make_plan(self) -> Plan:
         """Returns the backend's plan of the workload."""
         w = self.work
-        return self.ops.plan(w.q_permutation.offsets, w.k_permutation.offsets, w.block_map)
+        return self.ops.plan(w.queries.permutation.offsets, w.keys.permutation.offsets, w.block_map)
 
     def attend(self, plan: Plan, *, ordered: bool = False) -> tuple[Tensor, Tensor]:
         """Returns out and lse, grouped by query cluster, or in token order if `ordered`."""
         if ordered:
-            return self.ops.attention(self.work.q, self.keys, self.values, plan, q_order=self.work.q_permutation.order)
+            return self.ops.attention(
+                self.work.q, self.keys, self.values, plan, q_order=self.work.queries.permutation.order
+            )
         return self.ops.attention(self.queries, self.keys, self.values, plan)
 
     def check_grouped(self, result: tuple[Tensor, Tensor]) -> Check:
         """Returns the check of grouped out and lse."""
-        (out, lse), order = result, self.work.q_permutation.order
+        (out, lse), order = result, self.work.queries.permutation.order
         ungrouped = reference.scatter_rows(lse[..., None], order)[..., 0]
         return self.check_attention((reference.scatter_rows(out, order), ungrouped))
 

@@ -188,7 +188,7 @@ def check_clusters(x: Tensor, starts: Tensor, clusters: Clusters) -> Check:
         starts: fp32 [H, C, D].
         clusters: the result.
     """
-    labels, centroids, sizes = clusters
+    labels, centroids, sizes, _ = clusters
     # An empty cluster keeps its centroid: times its size it counts 0 on both sides.
     means = check_sums(x, labels, centroids.double() * sizes[..., None], sizes)
     kept = torch.where((sizes == 0)[..., None], centroids - starts, 0.0).abs().max().item()

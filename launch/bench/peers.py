@@ -71,7 +71,7 @@ def _flashinfer(backend: str) -> Callable[[Cases], Iterator[Case]]:
         from flashinfer import VariableBlockSparseAttentionWrapper
 
         w = ours.work
-        (H, _, D), q_order = w.q.shape, w.q_permutation.order
+        (H, _, D), q_order = w.q.shape, w.queries.permutation.order
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device=w.q.device)
         wrapper = VariableBlockSparseAttentionWrapper(workspace, backend=backend)
         q, sizes = reference.gather_rows(w.q, q_order), (w.queries.sizes, w.keys.sizes)
@@ -99,7 +99,7 @@ def _flash_kmeans(ours: Cases) -> Iterator[Case]:
     from flash_kmeans.kmeans_triton_impl import _euclid_iter
 
     for side in ("k", "q"):
-        x, starts, _, _ = ours.side(side)
+        x, starts, _ = ours.side(side)
         norms, centroids = x.square().sum(-1), starts.to(x.dtype)
         flops = 2 * x.numel() * starts.shape[1]
 
@@ -122,7 +122,7 @@ def _flash_kmeans(ours: Cases) -> Iterator[Case]:
 def _torch_permute(ours: Cases) -> Iterator[Case]:
     """PyTorch's sort of the labels and gather of rows, as SVG2's first code did."""
     w = ours.work
-    true, labels = w.k_permutation.order, w.keys.labels.long()
+    true, labels = w.keys.permutation.order, w.keys.labels.long()
     index = true.long()[..., None].expand(w.k.shape)
     yield Case(
         name="torch.sort k",
@@ -145,7 +145,7 @@ def _flex(ours: Cases) -> Iterator[Case]:
 
     w = ours.work
     mask = flex_mask(ours)
-    q = reference.gather_rows(w.q, w.q_permutation.order)
+    q = reference.gather_rows(w.q, w.queries.permutation.order)
     # In eager mode it makes the whole matrix of scores: on a GPU it is compiled.
     attend = torch.compile(flex_attention) if w.q.is_cuda else flex_attention
 
@@ -154,7 +154,7 @@ def _flex(ours: Cases) -> Iterator[Case]:
         return out
 
     def check(out: Tensor) -> Check:
-        return checks.check_rows(reference.scatter_rows(out, w.q_permutation.order), None, ours.truth)
+        return checks.check_rows(reference.scatter_rows(out, w.queries.permutation.order), None, ours.truth)
 
     yield Case(name="flex", call=call, check=check, useful_flops=ours.flops, beside="attention")
 
@@ -165,8 +165,8 @@ def flex_mask(ours: Cases) -> Any:
 
     w = ours.work
     N, selected = w.shape.tokens, w.block_map.selected
-    q_cluster = w.queries.labels.gather(1, w.q_permutation.order.long())
-    k_cluster = w.keys.labels.gather(1, w.k_permutation.order.long())
+    q_cluster = w.queries.labels.gather(1, w.queries.permutation.order.long())
+    k_cluster = w.keys.labels.gather(1, w.keys.permutation.order.long())
     # A tile is touched if it meets a selected pair of clusters, and full if it meets no other.
     q_in_tile, k_in_tile = (
         _clusters_of_tiles(q_cluster, selected.shape[1]),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.dispatch import select
-from semvid.kernels.layout import BlockMap, Clusters, Permutation
+from semvid.kernels.layout import BlockMap, Clusters
 from semvid.launch.bench.options import LEAST_DENSITY, Shape
 from semvid.parallel.kmeans import refine
 from semvid.runtime.config import CONFIGS, AttentionConfig
@@ -40,8 +40,6 @@ class Workload(NamedTuple):
     queries: Clusters
     """After two iterations of the reference; keys likewise."""
     keys: Clusters
-    q_permutation: Permutation
-    k_permutation: Permutation
     block_map: BlockMap
     """Drawn at random with the wanted densities; not the map of these centroids."""
 
@@ -81,8 +79,6 @@ def make(shape: Shape, config: AttentionConfig, density: float, seed: int, devic
         k_starts=starts[1],
         queries=queries,
         keys=keys,
-        q_permutation=reference.group(queries.labels, Cq),
-        k_permutation=reference.group(keys.labels, Ck),
         block_map=draw_block_map(queries.sizes, keys.sizes, densities, generator),
     )
 

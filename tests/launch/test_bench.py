@@ -189,7 +189,7 @@ def test_checks_find_what_is_wrong(toy: cases.Cases) -> None:
     sums, counts = reference.cluster_sums(w.k, labels, 124)
     assert not checks.check_sums(w.k, labels, sums * 1.001, counts).passed
     assert not checks.check_sums(w.k, labels, sums, counts.roll(1, 1)).passed
-    order = w.k_permutation.order
+    order = w.keys.permutation.order
     assert not checks.check_moved(w.k, order, w.k).passed
     assert not checks.check_moved(w.k, order, reference.gather_rows(w.k, order), scatter=True).passed
 
@@ -417,8 +417,8 @@ def test_flex_attention_gets_the_tiles_that_the_map_touches(toy: cases.Cases) ->
     mask = peers.flex_mask(toy)
     touched, full = torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(2, 4, 4, dtype=torch.bool)
     for h in range(2):
-        q_cluster = w.queries.labels[h][w.q_permutation.order[h].long()].long()
-        k_cluster = w.keys.labels[h][w.k_permutation.order[h].long()].long()
+        q_cluster = w.queries.labels[h][w.queries.permutation.order[h].long()].long()
+        k_cluster = w.keys.labels[h][w.keys.permutation.order[h].long()].long()
         pairs = w.block_map.selected[h, q_cluster][:, k_cluster]
         for i, j in itertools.product(range(4), range(4)):
             tile = pairs[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]

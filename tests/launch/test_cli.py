@@ -239,7 +239,7 @@ def test_compare_of_a_preset_with_itself_finds_no_difference(
 def test_doctor_names_versions_kernels_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("device", "torch", "diffusers", "kernels   reference: yes", "auto", "video"):
+    for word in ("device", "torch", "diffusers", "kernels   reference: yes", "kernels   hopper: ", "auto", "video"):
         assert word in text
     assert run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"]["reference"] == "yes"

@@ -138,3 +138,62 @@ def test_every_backend_tells_the_same_story(device: torch.device, monkeypatch: p
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
     assert found[0][1] == pytest.approx(found[1][1])
     assert 0 < found[0][1] < 1
+
+
+def on_gpu() -> tuple[Session, tuple[Tensor, Tensor, Tensor]]:
+    """A session of the GPU's kernels after one seeded call, and its bf16 input of 12 heads."""
+    settings = AttentionConfig(dense_steps=0.0, refresh_every=2, query_clusters=40, key_clusters=120)
+    session = Session(settings, select("auto", torch.device("cuda")), 0)
+    session.enter(Position(0, 10, "cond"))
+    torch.manual_seed(0)
+    centers = torch.randn(12, 50, 64, device="cuda")
+    parts = (centers[:, torch.randint(50, (5000,))] + 0.5 * torch.randn(12, 5000, 64, device="cuda") for _ in range(3))
+    q, k, v = (part.bfloat16() for part in parts)
+    call(session, (q, k, v))
+    return session, (q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("step", "todo"), [(1, Reuse()), (2, Refresh(2, seeded=False))])
+def test_a_call_never_waits_for_the_host(step: int, todo: object) -> None:
+    session, x = on_gpu()
+    for other in (1, 2):
+        # Compiles what either decision needs.
+        session.enter(Position(other, 10, "cond"))
+        call(session, x)
+    session.enter(Position(step + 2, 10, "cond"))
+    assert decision(session, 1) == todo
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(session, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_first_call_never_waits_for_the_host() -> None:
+    session, x = on_gpu()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(session, x, layer=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("todo", [Reuse(), Refresh(2, seeded=False)])
+def test_a_call_is_captured_in_a_graph_and_replays_the_same(todo: Reuse | Refresh) -> None:
+    session, x = on_gpu()
+    before = session.cache.get(1, "cond")
+    assert before is not None
+    expected = sparse_attention(*x, session, 1, todo)
+    session.cache.put(1, "cond", before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sparse_attention(*x, session, 1, todo)
+    for _ in range(2):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
