@@ -2,8 +2,8 @@
 
 Two consumer warpgroups of 128 tokens take turns: while one compares, the other multiplies. One more warp brings tokens
 and centroids with TMA. A program stays on its SM and walks items; an item is 256 tokens of one head against all of its
-centroids, in tiles of 128. 1.21 ms at 40 × 75,600 × 128 bf16 with C 1000 on an H100 (640 TFLOP/s), 0.50 ms with C 300;
-`kmeans.assign` takes 1.61 and 0.61 ms.
+centroids, in tiles of 128. 1.24 ms at 40 × 75,600 × 128 bf16 with C 1000 on an H100 (623 TFLOP/s), 0.51 ms with C 300;
+`kmeans.assign` takes 1.63 and 0.61 ms.
 """
 
 import functools

@@ -145,7 +145,7 @@ def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: floa
     scores, ranked = scores.sort(dim=-1, descending=True, stable=True)
     mass = torch.softmax(scores, dim=-1)
     before = mass.cumsum(-1) - mass
-    # Rounded first, so that 0.1 · 1000 keeps 100 clusters and not 101.
+    # Rounded first, so that 0.07 · 100, which is a little over 7 in fp64, keeps 7 clusters and not 8.
     least = math.ceil(round(floor * Ck, 6))
     keep = (before < p) | (torch.arange(Ck, device=mass.device) < least)
     selected = torch.zeros_like(keep).scatter_(-1, ranked, keep)

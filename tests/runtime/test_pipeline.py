@@ -142,14 +142,15 @@ def test_an_unsupported_pipeline_is_refused() -> None:
 
 @pytest.mark.gpu
 def test_the_demo_model_on_a_gpu_runs_dense_and_sparse_and_repeats_itself() -> None:
+    exact = latents(load_pipeline(DEMO_MODEL, ModelConfig(device="cuda", dtype="fp32")))
     demo = load_pipeline(DEMO_MODEL, ModelConfig(device="cuda", dtype="bf16"))
     stock = latents(demo)
     handle = sparsify(demo, "dense")
     assert torch.equal(latents(demo), stock)
     handle.remove()
     handle = sparsify(demo, attention=AttentionConfig(p=1.0, dense_steps=0.0, dense_layers=0))
-    error = (latents(demo) - stock).norm() / stock.norm()
-    assert error < 0.05
+    # Everything selected differs from dense by rounding alone: no more than twice what bf16 itself costs the stock run.
+    assert (latents(demo) - exact).norm() < 2 * (stock - exact).norm()
     handle.remove()
     sparsify(demo, "svg2")
     assert torch.equal(latents(demo), latents(demo))
