@@ -83,13 +83,16 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_real_size_equals_the_reference_on_sampled_tokens() -> None:
+def test_real_size_errs_no_more_than_the_reference_on_sampled_tokens() -> None:
     torch.manual_seed(0)
     cosines, sines = (part.cuda() for part in angles(128, 21, 45, 80))
     x = torch.randn(1, 75_600, 5120, device="cuda", dtype=torch.bfloat16)
     weight = torch.rand(5120, device="cuda", dtype=torch.bfloat16)
     found = select("triton", x.device).norm_rotary(x, weight, 1e-6, cosines, sines, 40)
-    pick = torch.randperm(75_600, device="cuda")[:500]
-    expected = reference.norm_rotary(x[:, pick], weight, 1e-6, cosines[pick], sines[pick], 40)
-    torch.testing.assert_close(found[:, pick], expected, rtol=2**-7, atol=2**-7)
     assert not found.isnan().any()
+    pick = torch.randperm(75_600, device="cuda")[:500]
+    x, cosines, sines, found = x[:, pick], cosines[pick], sines[pick], found[:, pick].double()
+    expected = reference.norm_rotary(x, weight, 1e-6, cosines, sines, 40).double()
+    exact = stock(x.double(), weight.double(), 1e-6, cosines.double(), sines.double(), 40)
+    assert (found - exact).norm() <= 1.01 * (expected - exact).norm()
+    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
