@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Read by torch's OpenMP when it loads: waiting threads sleep, or tests beside other work take several times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by torch's OpenMP when it loads: waiting threads soon sleep, or tests beside other work take far longer.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import pytest
 import torch

@@ -17,8 +17,16 @@ def test_a_containers_quota_limits_the_cores(text: str, cores: int | None, tmp_p
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     env.prepare()
-    assert (env.os.environ["OMP_NUM_THREADS"], env.os.environ["OMP_WAIT_POLICY"]) == ("7", "PASSIVE")
+    assert (env.os.environ["OMP_NUM_THREADS"], env.os.environ["GOMP_SPINCOUNT"]) == ("7", "20000")
+
+
+def test_a_wait_policy_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    env.prepare()
+    assert "GOMP_SPINCOUNT" not in env.os.environ
 
 
 def test_a_commit_is_named_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
