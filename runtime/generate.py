@@ -65,6 +65,8 @@ def generate(job: Job, watch: Watcher = lambda _: None, pipeline: Any = None) ->
         ValueError: the configuration does not fit the checkpoint.
         KeyboardInterrupt: passed on; the job's state is then "cancelled".
     """
+    # Here and not only on the command line: whoever starts a job, a size that does not fit is never changed silently.
+    folder.check(job.config, folder.inspect(folder.locate(job.config.model.path)))
     run = _Run(job, watch)
     job.log("start", state="running")
     try:

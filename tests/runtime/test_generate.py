@@ -69,6 +69,15 @@ def test_a_job_that_is_stopped_says_so_and_leaves_no_half_video(
     assert sorted(path.name for path in job.folder.iterdir()) == ["events.jsonl", "job.toml"]
 
 
+def test_a_job_of_a_size_the_model_cannot_make_is_refused_before_it_starts(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    job = jobs.create(tmp_path / "job", tiny_config(frames=32))
+    with pytest.raises(ValueError, match="frames is 32; accepted: 4k [+] 1, nearest 29 and 33"):
+        generate(job)
+    assert job.state == "queued"
+
+
 def test_a_prompt_longer_than_the_model_reads_is_refused(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     job = jobs.create(tmp_path / "job", tiny_config(prompt="red ball " * 300))
     with pytest.raises(ValueError, match=r"prompt has \d+ tokens; accepted: 512 or fewer"):
