@@ -44,25 +44,19 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C."""
     env.prepare()
+    return env.exit_code("semvid", lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        chosen: Parser = args.parser
-        chosen.refuse_unknown(unknown)
-        command: Callable[[argparse.Namespace], int] | None = args.run
-        if command is None:
-            chosen.print_help()
-            return 2
-        return command(args)
-    except ValueError as error:
-        print(f"semvid: {' '.join(str(error).split())}", file=sys.stderr)
+    args, unknown = parser.parse_known_args(argv)
+    chosen: Parser = args.parser
+    chosen.refuse_unknown(unknown)
+    command: Callable[[argparse.Namespace], int] | None = args.run
+    if command is None:
+        chosen.print_help()
         return 2
-    except (OSError, MemoryError, RuntimeError) as error:
-        print(f"semvid: {env.failure(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nsemvid: interrupted; the job folder says how far it came", file=sys.stderr)
-        return 130
+    return command(args)
 
 
 def _parser() -> Parser:

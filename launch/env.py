@@ -4,7 +4,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,25 @@ def prepare() -> None:
     # Checkpoints are local folders: nothing is looked up on a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def exit_code(program: str, work: Callable[[], int]) -> int:
+    """Returns what `work` returns, or in one line what stopped it and 2 (bad input), 1 (the machine), 130 (Ctrl-C).
+
+    Args:
+        program: what stands before the line.
+        work: the program itself; a defect's exception passes through with its traceback.
+    """
+    try:
+        return work()
+    except ValueError as error:
+        message, code = " ".join(str(error).split()), 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        message, code = failure(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; the job folder says how far it came", 130
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
 
 
 def failure(error: Exception) -> str:

@@ -36,17 +36,11 @@ def main() -> int:
     parser = ArgumentParser("semvid.launch.worker", description="Run the job.toml of a job folder.", allow_abbrev=False)
     parser.add_argument("--job", type=Path, required=True, metavar="DIR", help="the job folder")
     folder = parser.parse_args().job
-    try:
-        job, result = run(folder)
-    except ValueError as error:
-        print(f"semvid.launch.worker: {error}", file=sys.stderr)
-        return 2
-    except (OSError, MemoryError, RuntimeError) as error:
-        print(f"semvid.launch.worker: {env.failure(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"semvid.launch.worker: interrupted; {folder} says how far it came", file=sys.stderr)
-        return 130
+    return env.exit_code("semvid.launch.worker", lambda: _report(folder))
+
+
+def _report(folder: Path) -> int:
+    job, result = run(folder)
     from semvid.launch.report import say, summary
 
     say(summary(job, result), sys.stdout)

@@ -13,7 +13,6 @@ from typing import Any
 from semvid.runtime.config import Config, resolved, to_toml
 
 DEFAULT_ROOT = Path("semvid-jobs")
-STATES = ("queued", "running", "done", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """One of STATES, by the last event that names one."""
+        """queued, running, done, failed or cancelled, by the last event that names a state."""
         return next((e["state"] for e in reversed(list(self.events())) if "state" in e), "queued")
 
 

@@ -1,6 +1,5 @@
 """The Hopper kernels against the Triton ones. On a CPU: what is refused, and what is handed to the launch."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ def gpu() -> torch.device:
     if reason is not None:
         pytest.skip(reason)
     return device
-
-
-@pytest.fixture
-def _no_sync() -> Iterator[None]:
-    """Any wait for the host raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def clustered(H: int, N: int, C: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Nearest centroids and cluster sums against the reference; labels tie-aware, or exactly where ties are exact."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,14 +18,6 @@ def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and spans at toy sizes; the real lengths run in the gpu tests."""
     monkeypatch.setattr(permute, "SORT_BLOCK", 64)
     monkeypatch.setattr(kmeans, "SPAN", 32)
-
-
-@pytest.fixture
-def _no_sync() -> Iterator[None]:
-    """Any wait for the host raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def clustered(H: int, N: int, C: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The block map and its density against the reference; differences are allowed only where a rounded sum decides."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,14 +8,6 @@ from torch import Tensor
 
 from semvid.kernels import kmeans, permute, reference, top_p
 from semvid.kernels.layout import BlockMap
-
-
-@pytest.fixture
-def _no_sync() -> Iterator[None]:
-    """Any wait for the host raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def make_inputs(H: int, Cq: int, Ck: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

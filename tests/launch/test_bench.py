@@ -28,14 +28,6 @@ SHORT = ["--repeats", "2", "--warmup", "0", "--device", "cpu"]
 MIDDLE = Shape(name="middle", model="Wan2.1-T2V-14B", heads=4, head_dim=16, tokens=6000)
 
 
-@pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def middle() -> workload.Workload:
     config = options.attention_config(Options(query_clusters=40, key_clusters=150), MIDDLE)

@@ -20,15 +20,6 @@ from semvid.runtime.video import encoder
 SMALL = ["--height", "64", "--width", "96", "--frames", "17", "--steps", "2", "--seed", "3", "--dtype", "fp32"]
 
 
-@pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder: what a command writes by default would land here."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def run(args: list[str]) -> int:
     """The exit code of `semvid ARGS`, also where argparse itself exits."""
     try:
