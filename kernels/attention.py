@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semvid.kernels.layout import Plan, Tail, check_attention, check_index
-from semvid.kernels.runs import ITEM_ROWS, Lists, count_up_to, plan
+from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits, count_up_to, most_rows, plan
 
 __all__ = ["attention", "plan"]
 
@@ -71,27 +71,29 @@ def attention(
     """Returns softmax(scale·q·kᵀ)·v over the selected blocks, in q's dtype, and the natural-log lse, fp32 [H, Nq].
 
     A query row whose cluster selects nothing (and has no tail) gets out 0 and lse -inf. Rows of k and v that no
-    cluster selects are never read. No host synchronisation; the same bits every time.
+    cluster selects are never read; rows of q after the last run of its head neither, and out and lse are undefined
+    there. No host synchronisation; the same bits every time.
 
     Args:
         q: [H, Nq, D], grouped by query cluster, or in token order if `q_order` is given; D 16, 32, 64 or 128; bf16,
             fp16 or fp32.
         k: [H, Nk, D], grouped by key cluster.
         v: [H, Nk, D], grouped by key cluster.
-        plan: the runs of both sides and the map, from this backend's `plan`; its query runs cover all Nq rows.
+        plan: the runs of both sides and the map, from this backend's `plan`.
         q_order: int32 [H, Nq]: with it q is read, and out and lse are written, in token order.
         tail: what stands in for key clusters that are not selected, in the same softmax. Its means are rounded to
             q's dtype.
         scale: factor of the scores, positive; 1/√D if absent.
 
     Raises:
-        ValueError: a shape or dtype does not fit, the plan is another backend's, or `scale` is not positive.
+        ValueError: a shape or dtype does not fit, the plan is another backend's, k has more rows than a plan of so
+            many clusters can tell, or `scale` is not positive.
     """
     H, Nq, Nk, D = check_attention(q, k, v, plan)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    _check(q, plan, q_order, tail, scale)
+    _check(q, Nk, plan, q_order, tail, scale)
     lists = Lists(*plan.lists)
-    Cq, Ck, R = plan.q_offsets.shape[1] - 1, plan.k_offsets.shape[1] - 1, lists.starts.shape[2]
+    Cq, Ck, R = plan.q_offsets.shape[1] - 1, plan.k_offsets.shape[1] - 1, lists.runs.shape[2]
     out = torch.empty(H, Nq, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(H, Nq, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
@@ -103,15 +105,15 @@ def attention(
     stand_in = Tail(*(x.contiguous() for x in tail)) if tail is not None else None
     _items_kernel[(programs,)](
         q, k, v, out, lse, q_order if q_order is None else q_order.contiguous(), *(stand_in or (None, None, None)),
-        plan.q_offsets, plan.block_map.selected, *lists, listed, taken, scale * LOG2_E,
-        *q.stride()[:2], Nq, Nk, H * Cq, Cq, Ck, R, R.bit_length(), (H * Cq).bit_length(),
+        plan.q_offsets, plan.k_offsets, plan.block_map.selected, *lists, listed, taken, scale * LOG2_E,
+        *q.stride()[:2], Nq, Nk, H * Cq, Cq, Ck, R, R.bit_length(), cluster_bits(Ck), (H * Cq).bit_length(),
         ITEM_ROWS=ITEM_ROWS, D=D, BM=tile.rows, BN=tile.keys, CHUNK=tile.chunk, HALVE=tile.halve, LAG=tile.lag,
         STAGES=tile.stages, UPCAST=not q.is_cuda, num_warps=tile.warps,
     )  # fmt: skip
     return out, lse
 
 
-def _check(q: Tensor, plan: Plan, q_order: Tensor | None, tail: Tail | None, scale: float) -> None:
+def _check(q: Tensor, Nk: int, plan: Plan, q_order: Tensor | None, tail: Tail | None, scale: float) -> None:
     """Raises ValueError for what this backend's `attention` can't compute, beyond `check_attention`."""
     H, Nq, D = q.shape
     if D not in (16, 32, 64, 128) or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -120,11 +122,13 @@ def _check(q: Tensor, plan: Plan, q_order: Tensor | None, tail: Tail | None, sca
         raise ValueError(
             f"plan has {len(plan.lists)} lists, not {len(Lists._fields)}; make it with this backend's plan"
         )
+    Ck = plan.k_offsets.shape[1] - 1
+    if Nk > most_rows(Ck):
+        raise ValueError(f"k has {Nk} rows; accepted: at most {most_rows(Ck)} in {Ck} clusters, or fewer clusters")
     if not scale > 0:
         raise ValueError(f"scale is {scale}; it must be positive")
     if q_order is not None:
         check_index("q_order", q_order, (H, Nq))
-    Ck = plan.k_offsets.shape[1] - 1
     for name, x, shape in zip(Tail._fields, tail or (), ((H, Ck, D), (H, Ck, D), (H, Ck)), strict=False):
         if x.dtype != torch.float32 or tuple(x.shape) != shape:
             raise ValueError(f"tail.{name} must be fp32 {list(shape)}, not {x.dtype} {list(x.shape)}")
@@ -142,8 +146,8 @@ def _launch(q: Tensor) -> tuple[Tile, int]:
 @triton.jit
 def _items_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_order, k_mean, v_mean, log_n,
-    q_offsets, selected, starts, shifts, num_runs, num_keys, order, first_item, listed, taken, scale,
-    q_head, q_row, Nq, Nk, num_blocks, Cq, Ck, R, run_steps, block_steps,
+    q_offsets, k_offsets, selected, runs, num_runs, num_keys, order, first_item, listed, taken, scale,
+    q_head, q_row, Nq, Nk, num_blocks, Cq, Ck, R, run_steps, cluster_bits, block_steps,
     ITEM_ROWS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     HALVE: tl.constexpr, LAG: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -162,9 +166,9 @@ def _items_kernel(
         row_end = tl.load(cluster + 1)
         rows = (
             q_ptr + head * q_head, k_ptr + head * Nk * D, v_ptr + head * Nk * D, out_ptr, lse_ptr, q_order,
-            k_mean, v_mean, log_n, selected + block * Ck, starts + block * R, shifts + block * R,
+            k_mean, v_mean, log_n, selected + block * Ck, runs + block * R, k_offsets + head * (Ck + 1),
             tl.load(num_runs + block), tl.load(num_keys + block), listed, scale, head, row, row_end,
-            q_row, Nq, Ck, run_steps,
+            q_row, Nq, Ck, run_steps, cluster_bits,
         )  # fmt: skip
         if row < row_end:
             if HALVE and row_end - row <= BM // 2:
@@ -176,8 +180,8 @@ def _items_kernel(
 
 @triton.jit
 def _attend_rows(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_order, k_mean, v_mean, log_n, selected, starts, shifts,
-    num_runs, num_keys, listed, scale, head, row, row_end, q_row, Nq, Ck, run_steps,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_order, k_mean, v_mean, log_n, selected, runs, k_offsets,
+    num_runs, num_keys, listed, scale, head, row, row_end, q_row, Nq, Ck, run_steps, cluster_bits,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, LAG: tl.constexpr, STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -207,8 +211,9 @@ def _attend_rows(
         # Barriers: the last chunk's list has been read before it is overwritten; this one is written before it is read.
         tl.debug_barrier()
         _list_keys(
-            listed, starts, shifts, num_runs, num_keys, (chunk - 1) * BN - padding, (tiles + 1) * BN, run_steps, BN
-        )
+            listed, runs, k_offsets, num_runs, num_keys, (chunk - 1) * BN - padding, (tiles + 1) * BN,
+            run_steps, cluster_bits, BN,
+        )  # fmt: skip
         tl.debug_barrier()
         begin = tl.where(chunk == 0, 1, 0)
         if chunk == 0:
@@ -291,7 +296,9 @@ def _softmax(s, high, total, scale, dtype: tl.constexpr, bits: tl.constexpr):
 
 
 @triton.jit
-def _list_keys(listed, starts, shifts, num_runs, num_keys, first, count, steps, BN: tl.constexpr):
+def _list_keys(
+    listed, runs, k_offsets, num_runs, num_keys, first, count, run_steps, cluster_bits, BN: tl.constexpr
+):  # fmt: skip
     """Writes the key rows of selected keys number first .. first + count; numbers outside are taken as the nearest.
 
     One binary search serves four neighbours: a run has at least one key, so the next key's run is this one or the next.
@@ -304,22 +311,33 @@ def _list_keys(listed, starts, shifts, num_runs, num_keys, first, count, steps, 
         n1 = tl.minimum(tl.maximum(first + at + 1, 0), num_keys - 1)
         n2 = tl.minimum(tl.maximum(first + at + 2, 0), num_keys - 1)
         n3 = tl.minimum(tl.maximum(first + at + 3, 0), num_keys - 1)
-        run0 = count_up_to(starts, num_runs, n0, steps) - 1
-        run1 = _next_run(starts, run0, last_run, n1)
-        run2 = _next_run(starts, run1, last_run, n2)
-        run3 = _next_run(starts, run2, last_run, n3)
-        row0, row1 = n0 + tl.load(shifts + run0), n1 + tl.load(shifts + run1)
-        row2, row3 = n2 + tl.load(shifts + run2), n3 + tl.load(shifts + run3)
+        # No word of a run that starts at n0 or before is larger than this.
+        run0 = count_up_to(runs, num_runs, (n0 << cluster_bits) | ((1 << cluster_bits) - 1), run_steps) - 1
+        word0 = tl.load(runs + run0)
+        run1, word1 = _next_run(runs, run0, word0, last_run, n1, cluster_bits)
+        run2, word2 = _next_run(runs, run1, word1, last_run, n2, cluster_bits)
+        _, word3 = _next_run(runs, run2, word2, last_run, n3, cluster_bits)
+        row0, row1 = _key_row(k_offsets, word0, n0, cluster_bits), _key_row(k_offsets, word1, n1, cluster_bits)
+        row2, row3 = _key_row(k_offsets, word2, n2, cluster_bits), _key_row(k_offsets, word3, n3, cluster_bits)
         rows = tl.join(tl.join(row0, row2), tl.join(row1, row3)).reshape(4 * SEARCHES)
         place = begin + tl.arange(0, 4 * SEARCHES)
         tl.store(listed + place, rows, mask=place < count)
 
 
 @triton.jit
-def _next_run(starts, run, last_run, n):
-    """Returns the run of key n: `run` or the one after it."""
+def _next_run(runs, run, word, last_run, n, cluster_bits):
+    """Returns the run of key n and its word: `run` and `word`, or those after."""
     following = tl.minimum(run + 1, last_run)
-    return tl.where(tl.load(starts + following) <= n, following, run)
+    next_word = tl.load(runs + following)
+    reached = (next_word >> cluster_bits) <= n
+    return tl.where(reached, following, run), tl.where(reached, next_word, word)
+
+
+@triton.jit
+def _key_row(k_offsets, word, n, cluster_bits):
+    """Returns the key row of key n, whose run's word is given."""
+    cluster = word & ((1 << cluster_bits) - 1)
+    return n - (word >> cluster_bits) + tl.load(k_offsets + cluster)
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """The plan of variable-block attention, made on the device: which key rows each query cluster walks, and in what order.
 
 The selected key clusters of a query cluster are joined into runs of consecutive key rows. The selected keys are
-numbered 0, 1, 2, … through all the runs, and a run is told by two numbers, `start` and `shift`: key n belongs to the
-last run with start <= n, and stands at key row n + shift. Nothing here waits for the host.
+numbered 0, 1, 2, … through all the runs, and a run is told by two numbers: `start`, of its first key, and `cluster`,
+the key cluster that it begins with. Key n belongs to the last run with start <= n, and stands at key row
+n - start + k_offsets[cluster]. The two share one word of 31 bits, start above, so that words ascend as starts do.
+Nothing here waits for the host.
 """
 
 from typing import NamedTuple
@@ -21,10 +23,8 @@ ITEM_ROWS = 128
 class Lists(NamedTuple):
     """What `attention` walks; `Plan.lists` holds these. R = ⌈Ck / 2⌉, the most runs Ck clusters can form."""
 
-    starts: Tensor
-    """int32 [H, Cq, R]: the number, among the cluster's selected keys, of each run's first key; ascending."""
-    shifts: Tensor
-    """int32 [H, Cq, R]: key row less number, the same all through a run."""
+    runs: Tensor
+    """int32 [H, Cq, R]: start · 2^cluster_bits(Ck) + cluster of each run; ascending."""
     num_runs: Tensor
     """int32 [H, Cq]."""
     num_keys: Tensor
@@ -34,6 +34,16 @@ class Lists(NamedTuple):
     one is left for the end, each head's clusters together (its K and V stay in L2), longest first."""
     first_item: Tensor
     """int32 [H · Cq + 1]: items before each entry of `order`; the last is their total."""
+
+
+def cluster_bits(Ck: int) -> int:
+    """Returns how many bits of a run's word tell its key cluster; the others tell its start."""
+    return (Ck - 1).bit_length()
+
+
+def most_rows(Ck: int) -> int:
+    """Returns how many key rows a head can have at most, so that starts fit: 2^21 in 1000 clusters, 2^20 in 2000."""
+    return 1 << (31 - cluster_bits(Ck))
 
 
 def plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> Plan:
@@ -52,7 +62,7 @@ def plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> Plan:
         return torch.empty(shape, dtype=torch.int32, device=selected.device)
 
     R = max(1, (Ck + 1) // 2)
-    lists = Lists(ints(H, Cq, R), ints(H, Cq, R), ints(H, Cq), ints(H, Cq), ints(H * Cq), ints(H * Cq + 1))
+    lists = Lists(ints(H, Cq, R), ints(H, Cq), ints(H, Cq), ints(H * Cq), ints(H * Cq + 1))
     if lists.order.numel() == 0:
         lists.first_item.zero_()
         return Plan(q_offsets, k_offsets, BlockMap(selected), tuple(lists))
@@ -62,7 +72,7 @@ def plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> Plan:
     rows = max(16, min(256, triton.next_power_of_2(Cq)))
     heads = triton.next_power_of_2(H)
     _before_kernel[(H, max(1, triton.cdiv(Ck, columns)))](k_offsets, before, Ck, (Ck + 1).bit_length(), BLOCK=columns)
-    _runs_kernel[(H * Cq,)](selected, k_offsets, before, *lists[:4], Cq, Ck, R, BLOCK=columns)
+    _runs_kernel[(H * Cq,)](selected, k_offsets, before, *lists[:3], Cq, Ck, R, cluster_bits(Ck), BLOCK=columns)
     _work_kernel[(H,)](q_offsets, lists.num_keys, head_work, head_items, Cq, ITEM_ROWS=ITEM_ROWS, BLOCK=rows)
     _order_kernel[(H, triton.cdiv(Cq, 16))](
         q_offsets, lists.num_keys, head_work, head_items, lists.order, lists.first_item, H, Cq,
@@ -101,14 +111,13 @@ def _before_kernel(k_offsets, before, Ck, steps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _runs_kernel(
-    selected, k_offsets, before, starts, shifts, num_runs, num_keys, Cq, Ck, R, BLOCK: tl.constexpr
+    selected, k_offsets, before, words, num_runs, num_keys, Cq, Ck, R, bits, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Writes the runs of one query cluster: two running sums over the key clusters, of keys and of runs begun."""
     block = tl.program_id(0).to(tl.int64)
     head = block // Cq
     selected += block * Ck
-    starts += block * R
-    shifts += block * R
+    words += block * R
     keys = 0
     runs = 0
     for first in range(0, Ck, BLOCK):
@@ -123,8 +132,7 @@ def _runs_kernel(
         size = tl.where(on, size, 0)
         start = keys + tl.cumsum(size, 0) - size
         run = runs + tl.cumsum(begins, 0) - 1
-        tl.store(starts + run, start, mask=begins != 0)
-        tl.store(shifts + run, row - start, mask=begins != 0)
+        tl.store(words + run, (start << bits) | cluster, mask=begins != 0)
         keys += tl.sum(size, 0)
         runs += tl.sum(begins, 0)
     tl.store(num_runs + block, runs)

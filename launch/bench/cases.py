@@ -13,7 +13,7 @@ from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import BlockMap, Clusters, Plan
 from semvid.launch.bench import checks
 from semvid.launch.bench.checks import Check
-from semvid.launch.bench.workload import Workload, computed_pairs, padded_pairs
+from semvid.launch.bench.workload import NORM_EPS, Projected, Workload, computed_pairs, padded_pairs, project
 from semvid.parallel.kmeans import refine
 from semvid.runtime.cache import Memory
 from semvid.runtime.schedule import Decision, Refresh, Reuse
@@ -38,6 +38,8 @@ class Case:
     """Which of our ops a peer stands beside."""
     dense: bool = False
     """Whether it computes all pairs."""
+    part: Callable[[], Any] | None = None
+    """Of a whole call, what is timed alternately with it: what the rest costs is the difference."""
 
 
 class Cases:
@@ -58,6 +60,7 @@ class Cases:
     def sources(self) -> dict[str, Callable[[], Case]]:
         """Returns what makes each case, by its name, in the order of the call."""
         return {
+            "norm_rotary": self.norm_rotary,
             "assign q": lambda: self.assign("q"),
             "assign k": lambda: self.assign("k"),
             "cluster_sums k": self.cluster_sums,
@@ -83,6 +86,12 @@ class Cases:
         """Returns tokens, starting centroids and clusters of "q" or "k"."""
         w = self.work
         return (w.q, w.q_starts, w.queries) if name == "q" else (w.k, w.k_starts, w.keys)
+
+    def norm_rotary(self) -> Case:
+        """Norm, rotary embedding and split into heads, of q and of k."""
+        given, heads = project(self.work), self.work.shape.heads
+        rest = given.weight, NORM_EPS, given.cosines, given.sines, heads
+        return turned("norm_rotary", lambda x: self.ops.norm_rotary(x, *rest), given)
 
     def assign(self, side: str) -> Case:
         """Nearest centroids: 2·H·N·C·D operations."""
@@ -247,11 +256,12 @@ class Cases:
 
         session = Session(config=w.config, ops=self.ops._replace(top_p_map=traced_map), seed=0)
         session.enter(Position(step=0, steps=1, branch="bench"))
+        plan = self.make_plan()
         before = Memory(
-            w.queries._replace(centroids=w.q_starts),
-            w.keys._replace(centroids=w.k_starts),
-            self.make_plan(),
-            self.ops.density(w.block_map, w.queries.sizes, w.keys.sizes),
+            queries=w.queries._replace(centroids=w.q_starts),
+            keys=w.keys._replace(centroids=w.k_starts),
+            density=self.ops.density(w.block_map, w.queries.sizes, w.keys.sizes),
+            plans=[plan],
         )
 
         def call() -> tuple[Tensor, Memory | None]:
@@ -260,7 +270,7 @@ class Cases:
             out = sparse_attention(w.q, w.k, w.v, session, 0, todo)
             return out, session.cache.get(0, "bench")
 
-        return Case(name=name, call=call, check=self.check_whole)
+        return Case(name=name, call=call, check=self.check_whole, part=lambda: self.attend(plan))
 
     def make_plan(self) -> Plan:
         """Returns the backend's plan of the workload."""
@@ -300,6 +310,18 @@ class Cases:
         moved = [checks.check_equal(*pair, "labels moved")._replace(bound=0.1) for pair in pairs]
         truth = checks.true_rows(w.q, w.k, w.v, (w.block_map, *labels))
         return checks.worst(*moved, checks.check_rows(out, None, truth))
+
+
+def turned(name: str, turn: Callable[[Tensor], Tensor], given: Projected, *, beside: str | None = None) -> Case:
+    """Returns the case of `turn`, which takes [1, N, H·D] before the norm to [H, N, D]: called on q, then on k."""
+    rest = given.weight, NORM_EPS, given.cosines, given.sines
+
+    def check(result: tuple[Tensor, Tensor]) -> Check:
+        return checks.worst(*(checks.check_turned(x, *rest, out) for x, out in zip(given[:2], result, strict=True)))
+
+    # q and k are read and written, weight and tables read once for each of the two.
+    moved = 2 * num_bytes(*given)
+    return Case(name=name, call=lambda: (turn(given.q), turn(given.k)), check=check, moved_bytes=moved, beside=beside)
 
 
 def attention_tile(ops: Ops, q: Tensor) -> tuple[int, int, bool] | None:

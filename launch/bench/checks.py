@@ -12,8 +12,11 @@ from semvid.kernels.layout import BlockMap, Clusters, Permutation
 
 # Sampled query rows a head, sampled tokens a head, sampled heads.
 ROWS, TOKENS, HEADS = 64, 256, 3
-# Weights and outputs are rounded to bf16, each by at most 2^-9; their errors add up like noise.
+# Weights and outputs are rounded to bf16, each by at most 2^-8; their errors add up like noise.
 ATTENTION_BOUND = 1e-2
+# Norm and result are rounded to bf16, each by at most 2^-8, and a turn changes no length. Triton's interpreter, which
+# cuts off, errs a little more.
+TURNED_BOUND = 1e-2
 # Sums of up to some thousand fp32 numbers, in any order.
 SUMS_BOUND = 1e-5
 # Centroids may be rounded to bf16 for the matrix unit: see `assign` in kernels/kmeans.py. Some more for fp32 rounding.
@@ -211,6 +214,30 @@ def check_order(labels: Tensor, got: Permutation, true: Permutation) -> Check:
 def check_map(got: BlockMap, true: BlockMap) -> Check:
     """Returns the share of (query, key) cluster pairs that differ; those on the edge of p may."""
     return check_equal(got.selected, true.selected)._replace(bound=MAP_BOUND)
+
+
+def check_turned(x: Tensor, weight: Tensor, eps: float, cosines: Tensor, sines: Tensor, got: Tensor) -> Check:
+    """Returns the largest relative error of a head of a sampled token against fp64, its pairs as complex numbers.
+
+    Args:
+        x: [1, N, H·D], before the norm.
+        weight: [H·D], of the norm.
+        eps: of the norm.
+        cosines: fp32 [N, D], each value twice.
+        sines: likewise.
+        got: [H, N, D]. Infinite or NaN anywhere, sampled or not, fails.
+    """
+    if not torch.isfinite(got).all():
+        return Check("NaN or infinity in out", math.inf, TURNED_BOUND)
+    N, D = cosines.shape
+    tokens = sampled_tokens(1, N, TOKENS, x.device)[0]
+    wide = x[0, tokens].double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+    turn = torch.complex(cosines[tokens, ::2].double(), sines[tokens, ::2].double())
+    turned = torch.view_as_complex(normed.view(len(tokens), -1, D // 2, 2)) * turn[:, None]
+    true = torch.view_as_real(turned).flatten(-2).transpose(0, 1)
+    error = ((got[:, tokens] - true).norm(dim=-1) / true.norm(dim=-1)).max().item()
+    return Check(f"turned head, {len(tokens)} tokens", error, TURNED_BOUND)
 
 
 def check_moved(x: Tensor, order: Tensor, got: Tensor, *, scatter: bool = False) -> Check:

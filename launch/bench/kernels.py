@@ -22,7 +22,7 @@ from semvid.launch.bench.cases import Case, Cases
 from semvid.launch.bench.checks import poisoned_memory
 from semvid.launch.bench.options import Options, Shape
 from semvid.launch.bench.report import Row
-from semvid.launch.bench.timing import copy_gb_s, time_call
+from semvid.launch.bench.timing import Extra, copy_gb_s, time_call, time_extra
 from semvid.runtime.job import DEFAULT_ROOT
 from semvid.runtime.session import resolve_device
 
@@ -146,9 +146,10 @@ def measure(name: str, make: Callable[[], Case], ours: Cases, options: Options, 
         check = case.check(result)
         # Kept longer, it would be in the memory that the timed calls find.
         del result
-        times, problem = None, None
+        times, extra, problem = None, None, None
         if check.passed:
             times = time_call(case.call, ours.work.q.device, warmup=options.warmup, repeats=options.repeats)
+            extra = _extra(case, ours, options)
             _say(f"{times.median_ms:.3f} ms ({times.ms_20:.3f} - {times.ms_80:.3f}, {times.repeats} x)")
         else:
             problem = f"its check failed: {tables.check_text(*check, check.passed)}"
@@ -171,7 +172,15 @@ def measure(name: str, make: Callable[[], Case], ours: Cases, options: Options, 
         moved_bytes=case.moved_bytes,
         check=check,
         times=times,
+        extra=extra,
     )
+
+
+def _extra(case: Case, ours: Cases, options: Options) -> Extra | None:
+    """Returns what a whole call takes beside its part; None for a case that has none."""
+    if case.part is None:
+        return None
+    return time_extra(case.call, case.part, ours.work.q.device, warmup=options.warmup, repeats=options.repeats)
 
 
 def _describe(ours: Cases) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from semvid.kernels import reference
 from semvid.launch.bench import checks
-from semvid.launch.bench.cases import Case, Cases
+from semvid.launch.bench.cases import Case, Cases, turned
 from semvid.launch.bench.checks import Check
 from semvid.launch.bench.options import PEERS
+from semvid.launch.bench.workload import NORM_EPS, project
 
 FLEX_BLOCK = 128
 
@@ -139,6 +140,24 @@ def _torch_permute(ours: Cases) -> Iterator[Case]:
     )
 
 
+def _torch_rotary(ours: Cases) -> Iterator[Case]:
+    """The lines of diffusers 0.42.1's WanAttnProcessor, then the heads moved to where our attention reads them."""
+    given, heads = project(ours.work), ours.work.shape.heads
+    # As a model keeps them: [1, N, 1, D].
+    cosines, sines = given.cosines[None, :, None], given.sines[None, :, None]
+
+    def turn(x: Tensor) -> Tensor:
+        hidden = rms_norm(x, (x.shape[-1],), given.weight, NORM_EPS).unflatten(2, (heads, -1))
+        x1, x2 = hidden.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cosines[..., 0::2], sines[..., 1::2]
+        out = torch.empty_like(hidden)
+        out[..., 0::2] = x1 * cos - x2 * sin
+        out[..., 1::2] = x1 * sin + x2 * cos
+        return out.type_as(hidden).transpose(1, 2).flatten(0, 1).contiguous()
+
+    yield turned("eager norm_rotary", turn, given, beside="norm_rotary")
+
+
 def _flex(ours: Cases) -> Iterator[Case]:
     """FlexAttention over sorted rows: tiles of 128 × 128 that the map touches, those that it fills without a mask."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -146,8 +165,9 @@ def _flex(ours: Cases) -> Iterator[Case]:
     w = ours.work
     mask = flex_mask(ours)
     q = reference.gather_rows(w.q, w.queries.permutation.order)
-    # In eager mode it makes the whole matrix of scores: on a GPU it is compiled.
-    attend = torch.compile(flex_attention) if w.q.is_cuda else flex_attention
+    # In eager mode it makes the whole matrix of scores: on a GPU it is compiled; for each shape of a run alone, or the
+    # second would be compiled for any size, which is slower.
+    attend = torch.compile(flex_attention, dynamic=False) if w.q.is_cuda else flex_attention
 
     def call() -> Tensor:
         out: Tensor = attend(q[None], ours.keys[None], ours.values[None], block_mask=mask)[0]
@@ -207,5 +227,6 @@ _MAKERS: dict[str, Callable[[Cases], Iterator[Case]]] = {
     "flashinfer-fa3": _flashinfer("fa3"),
     "flash-kmeans": _flash_kmeans,
     "torch-permute": _torch_permute,
+    "torch-rotary": _torch_rotary,
     "flex": _flex,
 }

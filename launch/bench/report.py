@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from semvid.launch.bench.checks import Check
-from semvid.launch.bench.timing import Times
+from semvid.launch.bench.timing import Extra, Times
 
 # The yardstick is the first of these that ran.
 DENSE = ("sdpa-cudnn", "fa3", "sdpa-flash")
@@ -32,6 +32,8 @@ class Row:
     moved_bytes: int | None = None
     check: Check | None = None
     times: Times | None = None
+    extra: Extra | None = None
+    """What a whole call takes beside attention, from pairs."""
 
     def tflops(self, flops: int | None) -> float | None:
         """Returns `flops` over the median time, in TFLOP/s."""
@@ -59,6 +61,7 @@ def compared(rows: Sequence[Row], copy_gb_s: float) -> list[dict[str, Any]]:
                 "problem": row.problem,
                 "check": None if row.check is None else _check_json(row.check),
                 **(row.times._asdict() if row.times is not None else dict.fromkeys(Times._fields)),
+                "beside_attention": None if row.extra is None else row.extra._asdict(),
                 "useful_tflops": rate,
                 "executed_tflops": row.tflops(row.executed_flops),
                 "of_dense": {name: rate / full for name, full in dense.items() if rate and full} if walks_pairs else {},
@@ -95,6 +98,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "attention_of_dense": by_name.get(ATTENTION, {}).get("of_dense", {}),
         "refresh_beside_attention_ms": less("refresh"),
         "reuse_beside_attention_ms": less("reuse"),
+        # Those two are differences of medians; these are medians of differences, with their spread.
+        "refresh_beside_attention": by_name.get("refresh", {}).get("beside_attention"),
+        "reuse_beside_attention": by_name.get("reuse", {}).get("beside_attention"),
         "flash_kmeans_over_ours": {side: value(f"flash-kmeans iteration {side}", "times_ours") for side in "qk"},
         "permute_of_copy": value("permute all", "of_copy"),
         "map_ms": value("top_p_map", "median_ms"),
@@ -142,13 +148,12 @@ def table(shape: Mapping[str, Any]) -> list[str]:
 def summary_lines(found: Mapping[str, Any]) -> list[str]:
     """Returns the summary as lines of text; what was not measured is left out."""
     lines = [f"attention runs at {part:.2f} of {name}'s rate" for name, part in found["attention_of_dense"].items()]
-    for key, text in (
-        ("refresh_beside_attention_ms", "refresh (2 iterations) takes {:.2f} ms beside attention"),
-        ("reuse_beside_attention_ms", "reuse takes {:.2f} ms beside attention"),
-        ("permute_of_copy", "orders, gathers and scatter move their bytes at {:.2f} of copy"),
-    ):
+    for key, call in (("refresh_beside_attention", "refresh (2 iterations)"), ("reuse_beside_attention", "reuse")):
         if found[key] is not None:
-            lines.append(text.format(found[key]))
+            text = "{} takes {median_ms:.2f} ms ({ms_20:.2f} - {ms_80:.2f}, {pairs} pairs) beside attention"
+            lines.append(text.format(call, **found[key]))
+    if found["permute_of_copy"] is not None:
+        lines.append(f"orders, gathers and scatter move their bytes at {found['permute_of_copy']:.2f} of copy")
     for side, times in found["flash_kmeans_over_ours"].items():
         if times is not None:
             lines.append(f"a k-means iteration on {side} takes flash-kmeans {times:.2f} x as long")

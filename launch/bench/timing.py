@@ -35,6 +35,16 @@ class Times(NamedTuple):
     """GPU memory at its highest during a call, less what was there before: outputs and scratch."""
 
 
+class Extra(NamedTuple):
+    """What a whole call takes longer than a part of it, from pairs of the two timed one after the other."""
+
+    median_ms: float
+    """Of the pairs' differences, as are the next two."""
+    ms_20: float
+    ms_80: float
+    pairs: int
+
+
 def time_call(call: Callable[[], Any], device: torch.device, *, warmup: int, repeats: int) -> Times:
     """Returns the times of `call`, which must have run once before: compilation is not warm-up.
 
@@ -44,21 +54,35 @@ def time_call(call: Callable[[], Any], device: torch.device, *, warmup: int, rep
         warmup: calls before the timed ones.
         repeats: at most so many timed calls; fewer if they would take more than SECONDS, never below LEAST_REPEATS.
     """
-    for _ in range(warmup):
-        call()
-    _wait(device)
-    begin = time.perf_counter()
-    call()
-    _wait(device)
-    once_s = max(time.perf_counter() - begin, 1e-9)
-    count = min(repeats, max(LEAST_REPEATS, int(SECONDS / once_s)))
+    count = _fitting([call], device, warmup, repeats)
     if device.type == "cpu":
-        return Times(*_spread(_wall_ms(call, count)), count)
+        return Times(*_spread(_wall_ms([call], count)[0]), count)
     peak = _peak_bytes(call, device)
     host_s, waits = _host_s(call, device)
-    # A call that waits would only begin later; its host's work is part of its time.
-    pause_s = 0.0 if waits else 1.5 * host_s + 1e-4
-    return Times(*_spread(_device_ms(call, device, count, pause_s)), count, host_s * 1e3, waits, peak)
+    [ms] = _device_ms([call], device, count, _pause_s(host_s, waits))
+    return Times(*_spread(ms), count, host_s * 1e3, waits, peak)
+
+
+def time_extra(
+    whole: Callable[[], Any], part: Callable[[], Any], device: torch.device, *, warmup: int, repeats: int
+) -> Extra:
+    """Returns what `whole` takes longer than `part`: they take turns, so that both find the same clocks and heat.
+
+    Args:
+        whole: what; like `part` it must have run once before.
+        part: what it is measured against.
+        device: where they compute.
+        warmup: pairs before the timed ones.
+        repeats: at most so many timed pairs; as for `time_call`.
+    """
+    count = _fitting([whole, part], device, warmup, repeats)
+    if device.type == "cpu":
+        both = _wall_ms([whole, part], count)
+    else:
+        host_s, waits = zip(_host_s(whole, device), _host_s(part, device), strict=True)
+        # The same pause before both: the device cools meanwhile.
+        both = _device_ms([whole, part], device, count, _pause_s(max(host_s), any(waits)))
+    return Extra(*_spread([a - b for a, b in zip(*both, strict=True)]), count)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -84,6 +108,24 @@ def _spread(ms: Sequence[float]) -> tuple[float, float, float]:
     return percentile(ms, 0.5), percentile(ms, 0.2), percentile(ms, 0.8)
 
 
+def _fitting(calls: list[Callable[[], Any]], device: torch.device, warmup: int, repeats: int) -> int:
+    """Warms up and returns how many of each call fit into SECONDS a call, LEAST_REPEATS .. repeats."""
+    for call in calls * warmup:
+        call()
+    _wait(device)
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    _wait(device)
+    once_s = max((time.perf_counter() - begin) / len(calls), 1e-9)
+    return min(repeats, max(LEAST_REPEATS, int(SECONDS / once_s)))
+
+
+def _pause_s(host_s: float, waits: bool) -> float:
+    """Returns how long the device pauses while the host queues a call; a call that waits would only begin later."""
+    return 0.0 if waits else 1.5 * host_s + 1e-4
+
+
 def _host_s(call: Callable[[], Any], device: torch.device) -> tuple[float, bool]:
     """Returns the host's seconds of one call, and whether it waits: whether a paused device holds the host up."""
     _wait(device)
@@ -99,11 +141,12 @@ def _host_s(call: Callable[[], Any], device: torch.device) -> tuple[float, bool]
     return time.perf_counter() - begin, True
 
 
-def _device_ms(call: Callable[[], Any], device: torch.device, repeats: int, pause_s: float) -> list[float]:
+def _device_ms(calls: list[Callable[[], Any]], device: torch.device, repeats: int, pause_s: float) -> list[list[float]]:
+    """Returns the ms of each call, `repeats` a call; the calls take turns."""
     flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-    events = []
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     _wait(device)
-    for _ in range(repeats):
+    for call, measured in zip(calls * repeats, events * repeats, strict=True):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # Reading leaves no dirty line behind, whose eviction would be charged to the call.
         flush.max()
@@ -115,17 +158,18 @@ def _device_ms(call: Callable[[], Any], device: torch.device, repeats: int, paus
         begin.record()
         call()
         end.record()
-        events.append((begin, end))
+        measured.append((begin, end))
     _wait(device)
-    return [begin.elapsed_time(end) for begin, end in events]
+    return [[begin.elapsed_time(end) for begin, end in of_call] for of_call in events]
 
 
-def _wall_ms(call: Callable[[], Any], repeats: int) -> list[float]:
-    ms = []
-    for _ in range(repeats):
+def _wall_ms(calls: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """Returns the ms of each call, `repeats` a call; the calls take turns."""
+    ms: list[list[float]] = [[] for _ in calls]
+    for call, measured in zip(calls * repeats, ms * repeats, strict=True):
         begin = time.perf_counter()
         call()
-        ms.append((time.perf_counter() - begin) * 1e3)
+        measured.append((time.perf_counter() - begin) * 1e3)
     return ms
 
 

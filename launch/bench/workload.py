@@ -1,6 +1,7 @@
 """Attention inputs as uneven as real ones: clusters of skewed sizes, block maps with recorded per-head densities."""
 
 import json
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ MEAN_SCALE, NOISE_SCALE = 0.7, 1.4
 DRIFT = 0.1
 # Rows of a head differ in density by e to the power of this, typically.
 ROW_SPREAD = 0.5
+# Wan's, of the norm of queries and keys.
+NORM_EPS = 1e-6
 
 
 class Workload(NamedTuple):
@@ -42,6 +45,19 @@ class Workload(NamedTuple):
     keys: Clusters
     block_map: BlockMap
     """Drawn at random with the wanted densities; not the map of these centroids."""
+
+
+class Projected(NamedTuple):
+    """Queries and keys as a model projects them, before norm and rotary embedding."""
+
+    q: Tensor
+    """bf16 [1, N, H·D]; k likewise."""
+    k: Tensor
+    weight: Tensor
+    """bf16 [H·D], of the norm; its eps is NORM_EPS."""
+    cosines: Tensor
+    """fp32 [N, D], each value twice; sines likewise."""
+    sines: Tensor
 
 
 def make(shape: Shape, config: AttentionConfig, density: float, seed: int, device: torch.device) -> Workload:
@@ -81,6 +97,17 @@ def make(shape: Shape, config: AttentionConfig, density: float, seed: int, devic
         keys=keys,
         block_map=draw_block_map(queries.sizes, keys.sizes, densities, generator),
     )
+
+
+def project(work: Workload) -> Projected:
+    """Returns the workload's q and k as if they were yet to be normed and turned, with random weights and angles."""
+    H, N, D = work.q.shape
+    generator = torch.Generator(work.q.device).manual_seed(D)
+    angles = 2 * math.pi * torch.rand(N, D // 2, generator=generator, device=work.q.device)
+    weight = 1 + 0.2 * torch.randn(H * D, generator=generator, device=work.q.device)
+    q, k = (x.transpose(0, 1).reshape(1, N, H * D) for x in (work.q, work.k))
+    cosines, sines = (part.repeat_interleave(2, dim=-1) for part in (angles.cos(), angles.sin()))
+    return Projected(q, k, weight.to(q.dtype), cosines, sines)
 
 
 def clustered_rows(means: Tensor, N: int, generator: torch.Generator) -> Tensor:

@@ -245,6 +245,9 @@ def test_rejects_what_it_cannot_compute(device: torch.device) -> None:
         attention(c.q, c.k, c.v, c.plan(), scale=-1.0)
     with pytest.raises(ValueError, match="head dim 24; accepted"):
         attention(*(x.repeat(1, 1, 2)[..., :24] for x in c[:3]), c.plan())
+    many = torch.zeros(1, 1, 16, device=device).expand(1, (1 << 30) + 1, 16)
+    with pytest.raises(ValueError, match=r"k has 1073741825 rows; accepted: at most 1073741824 in 2 clusters"):
+        attention(c.q, many, many, c.plan())
     with pytest.raises(ValueError, match=r"q_order must be int32 \[1, 8\]"):
         attention(c.q, c.k, c.v, c.plan(), q_order=torch.arange(8, device=device)[None])
     with pytest.raises(ValueError, match=r"tail.v_mean must be fp32 \[1, 2, 16\]"):

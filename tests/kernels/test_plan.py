@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Plan
-from semvid.kernels.runs import ITEM_ROWS, Lists, plan
+from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits, most_rows, plan
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -27,12 +27,13 @@ def made(q_offsets: Tensor, k_offsets: Tensor, selected: Tensor, device: torch.d
     return whole, Lists(*(x.cpu() for x in whole.lists))
 
 
-def rows_of_runs(lists: Lists, h: int, i: int) -> tuple[list[int], int]:
+def rows_of_runs(lists: Lists, k_offsets: Tensor, h: int, i: int) -> tuple[list[int], int]:
     """Returns the key rows that query cluster i of head h walks, and the number of runs."""
-    runs, keys = int(lists.num_runs[h, i]), int(lists.num_keys[h, i])
-    bounds = [*lists.starts[h, i, :runs].tolist(), keys]
-    shifts = lists.shifts[h, i, :runs].tolist()
-    rows = [n + shifts[r] for r in range(runs) for n in range(bounds[r], bounds[r + 1])]
+    runs, keys, bits = int(lists.num_runs[h, i]), int(lists.num_keys[h, i]), cluster_bits(k_offsets.shape[1] - 1)
+    words = lists.runs[h, i, :runs].tolist()
+    bounds = [*(word >> bits for word in words), keys]
+    firsts = [int(k_offsets[h, word % (1 << bits)]) for word in words]
+    rows = [n - bounds[r] + firsts[r] for r in range(runs) for n in range(bounds[r], bounds[r + 1])]
     return rows, runs
 
 
@@ -49,29 +50,29 @@ def test_runs_list_exactly_the_selected_rows(H: int, Cq: int, Ck: int, device: t
     _, lists = made(q_offsets, k_offsets, selected, device)
     for h in range(H):
         for i in range(Cq):
-            assert rows_of_runs(lists, h, i) == rows_of_map(k_offsets[h], selected[h, i])
+            assert rows_of_runs(lists, k_offsets, h, i) == rows_of_map(k_offsets[h], selected[h, i])
 
 
 def test_more_clusters_than_one_block(device: torch.device) -> None:
     q_offsets, k_offsets, selected = random_case(1, 2, 2100, seed=5)
     _, lists = made(q_offsets, k_offsets, selected, device)
     for i in range(2):
-        assert rows_of_runs(lists, 0, i) == rows_of_map(k_offsets[0], selected[0, i])
+        assert rows_of_runs(lists, k_offsets, 0, i) == rows_of_map(k_offsets[0], selected[0, i])
 
 
 def test_neighbours_and_clusters_around_an_empty_one_join(device: torch.device) -> None:
     k_offsets = offsets_of(torch.tensor([[0, 4, 0, 0, 3, 5, 1, 0]]))
     selected = torch.tensor([[[0, 1, 0, 0, 1, 0, 1, 0]]]).bool()
     _, lists = made(torch.tensor([[0, 9]]).int(), k_offsets, selected, device)
-    assert rows_of_runs(lists, 0, 0) == ([0, 1, 2, 3, 4, 5, 6, 12], 2)
+    assert rows_of_runs(lists, k_offsets, 0, 0) == ([0, 1, 2, 3, 4, 5, 6, 12], 2)
 
 
 def test_every_other_cluster_fills_the_list_to_its_last_place(device: torch.device) -> None:
     k_offsets = offsets_of(torch.ones(1, 33, dtype=torch.int32))
     selected = (torch.arange(33) % 2 == 0)[None, None]
     _, lists = made(torch.tensor([[0, 1]]).int(), k_offsets, selected, device)
-    assert lists.starts.shape[2] == 17 == int(lists.num_runs[0, 0])
-    assert rows_of_runs(lists, 0, 0) == (list(range(0, 33, 2)), 17)
+    assert lists.runs.shape[2] == 17 == int(lists.num_runs[0, 0])
+    assert rows_of_runs(lists, k_offsets, 0, 0) == (list(range(0, 33, 2)), 17)
 
 
 def test_a_full_map_is_one_run_and_an_empty_row_none(device: torch.device) -> None:
@@ -86,7 +87,7 @@ def test_a_selected_empty_cluster_adds_nothing(device: torch.device) -> None:
     k_offsets = offsets_of(torch.tensor([[3, 0, 2]]))
     selected = torch.tensor([[[False, True, True]]])
     _, lists = made(torch.tensor([[0, 4]]).int(), k_offsets, selected, device)
-    assert rows_of_runs(lists, 0, 0) == ([3, 4], 1)
+    assert rows_of_runs(lists, k_offsets, 0, 0) == ([3, 4], 1)
 
 
 @pytest.mark.parametrize(("H", "Cq"), [(1, 1), (5, 7), (1, 260)])
@@ -111,12 +112,25 @@ def test_no_query_cluster_at_all(device: torch.device) -> None:
     assert lists.first_item.tolist() == [0]
 
 
+def test_starts_reach_to_the_last_bit(device: torch.device) -> None:
+    Ck = 2000
+    N = most_rows(Ck)
+    assert N == 1 << 20
+    k_offsets = torch.linspace(0, N, Ck + 1, dtype=torch.float64).round().int()[None]
+    # All but the next to last: the last run starts at its highest possible place but for one cluster.
+    selected = (torch.arange(Ck) != Ck - 2)[None, None]
+    _, lists = made(torch.tensor([[0, 1]]).int(), k_offsets, selected, device)
+    assert rows_of_runs(lists, k_offsets, 0, 0) == rows_of_map(k_offsets[0], selected[0, 0])
+    assert (lists.runs[0, 0, :2] >= 0).all()
+
+
 def test_memory_at_wan_14b_720p_is_under_64_mb(device: torch.device) -> None:
     H, Cq, Ck = 2, 3, 10
     whole, lists = made(*random_case(H, Cq, Ck, seed=0), device)
-    assert sum(x.numel() for x in lists) == 2 * H * Cq * (Ck // 2) + 4 * H * Cq + 1
+    assert sum(x.numel() for x in lists) == H * Cq * (Ck // 2) + 4 * H * Cq + 1
     assert all(x.dtype == torch.int32 for x in whole.lists)
-    assert 4 * (2 * 40 * 300 * 500 + 4 * 40 * 300 + 1) < 64e6
+    # With 2000 key clusters, twice as many as the preset's.
+    assert 4 * (40 * 300 * 1000 + 4 * 40 * 300 + 1) < 64e6
 
 
 def test_rejects_offsets_of_another_number_of_clusters(device: torch.device) -> None:
@@ -145,4 +159,4 @@ def test_real_size_without_sync_and_the_same_twice(device: torch.device) -> None
         assert torch.equal(getattr(lists, name), getattr(again, name))
     on_cpu = Lists(*(x.cpu() for x in lists))
     for h, i in [(0, 0), (7, 299), (39, 150)]:
-        assert rows_of_runs(on_cpu, h, i) == rows_of_map(k_offsets[h].cpu(), selected[h, i].cpu())
+        assert rows_of_runs(on_cpu, k_offsets.cpu(), h, i) == rows_of_map(k_offsets[h].cpu(), selected[h, i].cpu())

@@ -11,7 +11,7 @@ from semvid.kernels.dispatch import select
 
 def angles(D: int, frames: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines as Wan's transformer makes them, [N, D] each."""
-    rope = WanRotaryPosEmbed(D, (1, 1, 1), 64)
+    rope = WanRotaryPosEmbed(D, (1, 1, 1), 1024)
     cosines, sines = rope(torch.zeros(1, 1, frames, rows, columns))
     return cosines[0, :, 0], sines[0, :, 0]
 

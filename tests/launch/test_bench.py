@@ -150,6 +150,22 @@ def test_what_takes_long_is_repeated_less(monkeypatch: pytest.MonkeyPatch) -> No
     assert timing.time_call(lambda: None, CPU, warmup=0, repeats=3).repeats == 3
 
 
+def test_a_call_and_its_part_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.03)
+    calls: list[str] = []
+
+    def take(name: str, seconds: float) -> None:
+        calls.append(name)
+        time.sleep(seconds)
+
+    whole, part = (lambda: take("whole", 0.015)), (lambda: take("part", 0.005))
+    extra = timing.time_extra(whole, part, CPU, warmup=1, repeats=30)
+    assert extra.pairs == 5
+    assert calls == ["whole", "part"] * (5 + 1 + 1)
+    assert extra.ms_20 <= extra.median_ms <= extra.ms_80
+    assert extra.median_ms == pytest.approx(10, abs=4)
+
+
 def test_a_check_fails_on_nan_and_names_the_worst() -> None:
     assert not Check("x", math.nan, 1.0).passed
     assert checks.worst(Check("a", 0.5, 1.0), Check("b", 1e-3, 1e-3)).what == "b"
@@ -184,6 +200,26 @@ def test_checks_find_what_is_wrong(toy: cases.Cases) -> None:
     order = w.keys.permutation.order
     assert not checks.check_moved(w.k, order, w.k).passed
     assert not checks.check_moved(w.k, order, reference.gather_rows(w.k, order), scatter=True).passed
+
+
+def test_the_check_of_norm_and_rotary_finds_what_is_wrong(toy: cases.Cases) -> None:
+    given = workload.project(toy.work)
+    assert given.q.shape == (1, 500, 2 * 64)
+    rest = given.weight, workload.NORM_EPS, given.cosines, given.sines
+    out = toy.ops.norm_rotary(given.q, *rest, 2)
+    assert checks.check_turned(given.q, *rest, out).passed
+    gap = out.clone()
+    gap[1, 321, 5] = math.nan
+    flat, back = torch.ones_like(given.weight), -given.sines
+    for wrong in (
+        gap,
+        out.roll(1, 0),
+        out.roll(1, 1),
+        toy.ops.norm_rotary(given.q, flat, *rest[1:], 2),
+        toy.ops.norm_rotary(given.q, *rest[:3], back, 2),
+        toy.ops.norm_rotary(given.k, *rest, 2),
+    ):
+        assert not checks.check_turned(given.q, *rest, wrong).passed
 
 
 def test_poison_shows_what_is_not_written_and_is_taken_away() -> None:
@@ -236,7 +272,12 @@ def test_the_toy_runs_on_a_cpu_in_seconds(empty: Path, capsys: pytest.CaptureFix
     rows = {row["name"]: row for row in shape["rows"]}
     timed = {name for name, row in rows.items() if row["median_ms"] is not None}
     ops = {"assign k", "cluster_sums k", "iteration k", "top_p_map", "group k", "gather v", "plan", "attention"}
-    assert ops | {"scatter out", "permute all", "refresh", "reuse", "sdpa-flash", "torch.gather k"} <= timed
+    ops |= {"norm_rotary", "scatter out", "permute all", "refresh", "reuse"}
+    assert ops | {"sdpa-flash", "torch.gather k"} <= timed
+    assert rows["eager norm_rotary"]["times_ours"] > 0
+    # q and k in and out, bf16; a weight and two fp32 tables for each of the two.
+    moved = 2 * (2 * 2 * 500 * 2 * 64 + 2 * 2 * 64 + 2 * 4 * 500 * 64)
+    assert rows["norm_rotary"]["gb_s"] == pytest.approx(moved / rows["norm_rotary"]["median_ms"] / 1e6)
     for name in timed:
         assert rows[name]["check"]["passed"]
         assert rows[name]["ms_20"] <= rows[name]["median_ms"] <= rows[name]["ms_80"]
@@ -245,10 +286,36 @@ def test_the_toy_runs_on_a_cpu_in_seconds(empty: Path, capsys: pytest.CaptureFix
     flash = rows["attention"]["of_dense"]["sdpa-flash"]
     assert flash == pytest.approx(rows["attention"]["useful_tflops"] / rows["sdpa-flash"]["useful_tflops"])
     assert shape["summary"]["attention_of_dense"] == {"sdpa-flash": flash}
+    for name in ("refresh", "reuse"):
+        paired = rows[name]["beside_attention"]
+        assert shape["summary"][f"{name}_beside_attention"] == paired
+        assert (paired["pairs"], paired["ms_20"] <= paired["median_ms"] <= paired["ms_80"]) == (2, True)
+    assert rows["attention"]["beside_attention"] is None
     for word in ("toy: making inputs", "  attention  ", "of copy", "check", "reuse takes", "results  here/bench.json"):
         assert word in err
     found = sorted(path.name for path in (empty / "here").iterdir())
     assert found == ["bench.json", "toy.png"] if importlib.util.find_spec("matplotlib") else ["bench.json"]
+
+
+def test_several_shapes_in_one_call(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Shape(name="other", model="Wan2.1-T2V-14B", heads=3, head_dim=32, tokens=257)
+    monkeypatch.setitem(SHAPES, "other", other)
+    monkeypatch.setattr(options, "CPU_SHAPES", ("toy", "other"))
+    args = ["kernels", *SHORT, "--peers", "torch-rotary,torch-permute", "--out", "here", "--json"]
+    assert run([*args, "--shape", "toy", "other", "toy"]) == 0
+    out, err = capsys.readouterr()
+    shapes = json.loads(out.splitlines()[-1])["shapes"]
+    assert [(shape["shape"], shape["tokens"], shape["heads"]) for shape in shapes] == [
+        ("toy", 500, 2),
+        ("other", 257, 3),
+    ]
+    names = [[row["name"] for row in shape["rows"]] for shape in shapes]
+    assert names[0] == names[1]
+    assert all(row["check"]["passed"] and row["median_ms"] > 0 for shape in shapes for row in shape["rows"])
+    for line in ("toy: 2 heads x 500 tokens x 64", "other: 3 heads x 257 tokens x 32"):
+        assert line in err
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(
@@ -307,7 +374,8 @@ def test_bench_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert "kernels" in capsys.readouterr().out
     assert run(["kernels", "--help"]) == 0
-    text = capsys.readouterr().out
+    # Lines may end within a name, at its hyphens.
+    text = "".join(capsys.readouterr().out.split())
     assert all(name in text for name in [*SHAPES, *PEERS])
 
 
@@ -326,7 +394,7 @@ def test_ctrl_c_ends_with_130_and_leaves_what_was_measured(tmp_path: Path) -> No
     assert "Traceback" not in shown
     report = json.loads(result.read_text())
     assert report["state"] == "interrupted"
-    assert report["shapes"][0]["rows"][0]["name"] == "assign q"
+    assert report["shapes"][0]["rows"][0]["name"] == "norm_rotary"
 
 
 def test_every_peer_has_its_cases() -> None:
@@ -428,7 +496,7 @@ def test_rows_are_compared_with_dense_copy_and_ours() -> None:
     rows = [
         Row(name="attention", useful_flops=3 * 10**12, times=times(10)),
         Row(name="gather k", moved_bytes=10**9, times=times(1)),
-        Row(name="refresh", times=times(15)),
+        Row(name="refresh", times=times(15), extra=timing.Extra(4.5, 4.25, 4.75, 7)),
         Row(name="fa3", peer="fa3", useful_flops=10**13, beside="attention", dense=True, times=times(20)),
         Row(name="flex", peer="flex", problem="it is slow", beside="attention"),
     ]
@@ -442,6 +510,8 @@ def test_rows_are_compared_with_dense_copy_and_ours() -> None:
     shape |= {"backend": "triton", "copy_gb_s": 2000, "rows": found, "summary": summary(found)}
     text = table(shape)
     assert "attention runs at 0.60 of fa3's rate" in text
+    assert "refresh (2 iterations) takes 4.50 ms (4.25 - 4.75, 7 pairs) beside attention" in text
+    assert not any("reuse takes" in line for line in text)
     assert "flex: not timed: it is slow" in text
 
 
