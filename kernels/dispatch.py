@@ -14,7 +14,7 @@ from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Permutation, Plan
 
-_TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary")
+_TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary", "routes")
 # Each backend's modules, an op is taken from the first that has it; the best backend comes last.
 MODULES = {
     "reference": ("reference",),
@@ -36,13 +36,16 @@ class Ops(NamedTuple):
     sums_by_runs: Callable[[Tensor, Permutation], tuple[Tensor, Tensor]]
     group: Callable[[Tensor, int], Permutation]
     gather_rows: Callable[[Tensor, Tensor], Tensor]
-    scatter_rows: Callable[[Tensor, Tensor], Tensor]
+    scatter_rows: Callable[..., Tensor]
     top_p_map: Callable[[Tensor, Tensor, Tensor, float, float], BlockMap]
     density: Callable[[BlockMap, Tensor, Tensor], Tensor]
     plan: Callable[[Tensor, Tensor, BlockMap], Plan]
     attention: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     norm_rotary: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
+    source_rows: Callable[..., list[Tensor]]
+    target_rows: Callable[[Tensor, Tensor, Tensor, int, int, int], tuple[Tensor, Tensor]]
+    unpack_map: Callable[[Tensor, Tensor, int], Tensor]
 
 
 def missing(backend: str, device: torch.device) -> str | None:

@@ -60,16 +60,17 @@ def gather_rows(x: Tensor, order: Tensor) -> Tensor:
     return out
 
 
-def scatter_rows(x: Tensor, order: Tensor) -> Tensor:
+def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     """Returns the rows of x back in token order, contiguous: out[h, order[h, i]] = x[h, i]. Inverse of `gather_rows`.
 
     Args:
         x: [H, N, D], any floating dtype; heads and tokens may be strided.
-        order: int32 [H, N], a permutation of each head's tokens.
+        order: int32 [H, N], different places in 0 .. rows - 1.
+        rows: of the result; N if absent. What no row of x goes to is left undefined.
     """
     H, N, D = check_rows("x", x)
     check_index("order", order, (H, N))
-    out = torch.empty(H, N, D, dtype=x.dtype, device=x.device)
+    out = torch.empty(H, N if rows is None else rows, D, dtype=x.dtype, device=x.device)
     _launch_move(x, order, out, scatter=True)
     return out
 
@@ -80,8 +81,9 @@ def with_packed_rows(x: Tensor) -> Tensor:
 
 
 def _launch_move(x: Tensor, order: Tensor, out: Tensor, *, scatter: bool) -> None:
-    H, n, D = out.shape
-    if out.numel() == 0:
+    H, n = order.shape
+    D = out.shape[2]
+    if order.numel() == 0 or D == 0:
         return
     x = with_packed_rows(x)
     block_d = triton.next_power_of_2(D)
@@ -91,6 +93,7 @@ def _launch_move(x: Tensor, order: Tensor, out: Tensor, *, scatter: bool) -> Non
         order.contiguous(),
         out,
         n,
+        out.shape[1],
         x.stride(0),
         x.stride(1),
         D=D,
@@ -168,6 +171,7 @@ def _move_rows(
     order_ptr,
     out_ptr,
     n,
+    out_rows,
     x_stride_h,
     x_stride_n,
     D: tl.constexpr,
@@ -183,4 +187,4 @@ def _move_rows(
     source, target = (i.to(tl.int64), other) if SCATTER else (other, i.to(tl.int64))
     inside = (i < n)[:, None] & (d < D)[None, :]
     row = tl.load(x_ptr + h * x_stride_h + source[:, None] * x_stride_n + d[None, :], mask=inside)
-    tl.store(out_ptr + (h * n + target[:, None]) * D + d[None, :], row, mask=inside)
+    tl.store(out_ptr + (h * out_rows + target[:, None]) * D + d[None, :], row, mask=inside)

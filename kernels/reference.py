@@ -108,15 +108,17 @@ def gather_rows(x: Tensor, order: Tensor) -> Tensor:
     return torch.gather(x, 1, order.long()[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def scatter_rows(x: Tensor, order: Tensor) -> Tensor:
+def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     """Returns the rows of x back in token order: out[h, order[h, i]] = x[h, i]. The inverse of `gather_rows`.
 
     Args:
         x: [H, N, D].
-        order: int32 [H, N], a permutation of each head's tokens.
+        order: int32 [H, N], different places in 0 .. rows - 1.
+        rows: of the result; N if absent. What no row of x goes to is left undefined.
     """
-    check_rows("x", x)
-    return torch.empty_like(x).scatter_(1, order.long()[..., None].expand_as(x), x)
+    H, N, D = check_rows("x", x)
+    out = torch.empty(H, N if rows is None else rows, D, dtype=x.dtype, device=x.device)
+    return out.scatter_(1, order.long()[..., None].expand_as(x), x)
 
 
 def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: float, floor: float) -> BlockMap:
@@ -189,7 +191,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns softmax(scale·q·kᵀ)·v over the selected blocks, in q's dtype, and the natural-log lse, fp32 [H, Nq].
 
-    A query row whose cluster selects nothing (and has no tail) gets out 0 and lse -inf.
+    A query row whose cluster selects nothing (and has no tail) gets out 0 and lse -inf. Rows of q after the last run of
+    its head are undefined in both.
 
     Args:
         q: [H, Nq, D], grouped by query cluster, or in token order if `q_order` is given.
@@ -270,6 +273,70 @@ def norm_rotary(x: Tensor, weight: Tensor, eps: float, cosines: Tensor, sines: T
     return turned.to(x.dtype).reshape(-1, N, D)
 
 
+def source_rows(order: Tensor, spans: Tensor, total: int, *steps: tuple[int, int]) -> list[Tensor]:
+    """Returns where the rows of spans of sorted tokens lie in memory, int32 [1, total] for each of `steps`.
+
+    Args:
+        order: int32 [H, n]: the tokens of each head in the order of their labels.
+        spans: int64 [S, 4]: where a span begins in the result, its head, its first place in `order`, its length.
+            Together they cover 0 .. total.
+        total: rows of the result.
+        steps: (rows from head to head, rows from token to token) of a tensor that is read or written, one or two.
+    """
+    check_index("order", order, tuple(order.shape))
+    _, head, first, length = spans.unbind(1)
+    token = order.flatten()[_counted(head * order.shape[1] + first, length, total)]
+    head = torch.repeat_interleave(head, length, output_size=total)
+    return [(head * h + token * t).to(torch.int32)[None] for h, t in steps]
+
+
+def target_rows(
+    counts: Tensor, pieces: Tensor, begins: Tensor, rows: int, total: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """Returns where arriving rows belong, int32 [1, total], and the runs of each piece's clusters, int32 [G, C + 1].
+
+    Rows come source by source, piece by piece, cluster by cluster; they lie piece by piece, `rows` rows each, cluster
+    by cluster, in a cluster source by source.
+
+    Args:
+        counts: int32 [S, H, C], each source's tokens in each cluster.
+        pieces: int64 [G, 3]: head, first row and one after the last, counted through the head's clusters over all
+            sources.
+        begins: int64 [S, G]: where a source's rows of a piece begin among those that arrive.
+        rows: of a piece in the joined tensor.
+        total: rows that arrive.
+        most: rows that arrive from one source for one piece, at most.
+    """
+    head, first, last = pieces.unbind(1)
+    counts, first, last = counts[:, head].long(), first[:, None], last[:, None]
+    in_cluster = counts.sum(0)
+    ends = in_cluster.cumsum(-1)
+    begin = ends - in_cluster + counts.cumsum(0) - counts
+    start, end = begin.clamp(first, last), (begin + counts).clamp(first, last)
+    base = torch.arange(len(pieces), device=counts.device)[:, None] * rows - first
+    targets = _counted((start + base).flatten(), (end - start).flatten(), total)
+    offsets = torch.nn.functional.pad(ends.clamp(first, last) - first, (1, 0))
+    return targets.to(torch.int32)[None], offsets.to(torch.int32)
+
+
+def unpack_map(bits: Tensor, heads: Tensor, Ck: int) -> Tensor:
+    """Returns the block maps of some heads, bool [G, Cq, Ck].
+
+    Args:
+        bits: uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first in the lowest bit.
+        heads: int64 [G].
+        Ck: key clusters.
+    """
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[heads][..., None] >> places) & 1).flatten(-2)[..., :Ck].bool()
+
+
+def _counted(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Returns starts[0], starts[0] + 1, … lengths[0] of them, then those of starts[1], …: int64 [total]."""
+    shifts = starts - (lengths.cumsum(0) - lengths)
+    return torch.repeat_interleave(shifts, lengths, output_size=total) + torch.arange(total, device=starts.device)
+
+
 def _pairs_at_once(device: torch.device) -> int:
     return CPU_PAIRS_AT_ONCE if device.type == "cpu" else GPU_PAIRS_AT_ONCE
 
@@ -277,4 +344,5 @@ def _pairs_at_once(device: torch.device) -> int:
 def _cluster_of_row(offsets: Tensor, N: int) -> Tensor:
     """Returns the cluster of each grouped row, int64 [N], of one head's offsets [C + 1]."""
     rows = torch.arange(N, dtype=torch.int32, device=offsets.device)
-    return torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+    # Rows after the last run belong to nobody and are counted with it.
+    return torch.searchsorted(offsets[1:].contiguous(), rows, right=True).clamp_(max=len(offsets) - 2)

@@ -1,22 +1,27 @@
-"""Collectives of the ranks that share one sequence. A group of None is one rank: they return early."""
+"""Collectives of the ranks that share one sequence, or one step. A group of None is one rank: they return early.
 
-from collections.abc import Sequence
+Every rank of a group must enter each of them, in the same order; one that does not keeps the others waiting until the
+group's time-out.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+Arrival = Callable[[], Tensor]
+"""Waits (on a GPU: lets the current stream wait) until a tensor under way has arrived, and returns it."""
 
 
 def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Returns each tensor summed over the ranks of `group`, by one all-reduce of one fp32 buffer.
 
-    Every rank of the group must enter with the same shapes; if one does not, the others wait until the group's
-    time-out. int32 tensors are summed exactly while sums stay below 2^24.
+    int32 tensors are summed exactly while sums stay below 2^24.
 
     Args:
-        tensors: fp32 or int32, any shapes.
+        tensors: fp32 or int32, any shapes, the same on every rank.
         group: the ranks, or None for this one alone.
     """
     if group is None:
@@ -25,3 +30,44 @@ def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     dist.all_reduce(buffer, group=group)
     parts = buffer.split([x.numel() for x in tensors])
     return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """Returns every rank's x in the order of ranks, [ranks, *x.shape].
+
+    Args:
+        x: contiguous, the same shape and dtype on every rank.
+        group: the ranks, or None for this one alone.
+    """
+    if group is None:
+        return x[None]
+    ranks = dist.get_world_size(group)
+    # Flat: gloo wants the ranks along the first dimension, which x may lack.
+    whole = torch.empty(ranks * x.numel(), dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(whole, x.flatten(), group=group)
+    return whole.view(ranks, *x.shape)
+
+
+def all_to_all_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Arrival:
+    """Starts an exchange of rows and returns what waits for it: rows from rank 0, then from rank 1, …
+
+    Args:
+        x: contiguous [rows, D]: those for rank 0, then those for rank 1, …; kept alive and unchanged until the arrival.
+        sent: rows for each rank.
+        received: rows from each rank: what that rank has in `sent` for this one.
+        group: the ranks, or None for this one alone.
+    """
+    if group is None:
+        return lambda: x
+    arrived = torch.empty(sum(received), *x.shape[1:], dtype=x.dtype, device=x.device)
+    keep = [x]
+    work = dist.all_to_all_single(arrived, x, list(received), list(sent), group=group, async_op=True)
+
+    def wait() -> Tensor:
+        assert work is not None, "an asynchronous collective gives a handle"
+        work.wait()
+        # Not before: what is sent must live until then.
+        del keep[:]
+        return arrived
+
+    return wait

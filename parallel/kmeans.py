@@ -8,6 +8,7 @@ from torch import Tensor
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Clusters
 from semvid.parallel.collectives import Group, all_reduce_sum
+from semvid.parallel.phases import phase
 
 
 def refine(
@@ -30,12 +31,15 @@ def refine(
         raise ValueError(f"iterations is {iterations}; accepted: 1 or more")
     centroids, labels, orders, counts = list(starts), [], [], []
     for _ in range(iterations):
-        labels = [ops.assign(x, c) for x, c in zip(xs, centroids, strict=True)]
-        orders = [ops.group(label, c.shape[1]) for label, c in zip(labels, centroids, strict=True)]
-        sums = [ops.sums_by_runs(x, order) for x, order in zip(xs, orders, strict=True)]
-        reduced = all_reduce_sum([part for pair in sums for part in pair], group)
-        totals, counts = reduced[0::2], reduced[1::2]
-        centroids = [_means(*parts) for parts in zip(totals, counts, centroids, strict=True)]
+        with phase("cluster"):
+            labels = [ops.assign(x, c) for x, c in zip(xs, centroids, strict=True)]
+            orders = [ops.group(label, c.shape[1]) for label, c in zip(labels, centroids, strict=True)]
+            sums = [ops.sums_by_runs(x, order) for x, order in zip(xs, orders, strict=True)]
+        with phase("all-reduce"):
+            reduced = all_reduce_sum([part for pair in sums for part in pair], group)
+        with phase("cluster"):
+            totals, counts = reduced[0::2], reduced[1::2]
+            centroids = [_means(*parts) for parts in zip(totals, counts, centroids, strict=True)]
     return [Clusters(*parts) for parts in zip(labels, centroids, counts, orders, strict=True)]
 
 
@@ -63,8 +67,11 @@ def random_tokens(x: Tensor, C: int, key: Sequence[int], tokens: int, first: int
     hashes = _mix(_mix(hashes + heads) + torch.arange(tokens, dtype=torch.int64, device=x.device))
     chosen = hashes.bitwise_and_((1 << 63) - 1).topk(C, dim=-1, largest=False, sorted=True).indices - first
     here = (chosen >= 0) & (chosen < n)
-    rows = torch.gather(x, 1, chosen.clamp(0, max(0, n - 1))[..., None].expand(H, C, D))
-    return all_reduce_sum([torch.where(here[..., None], rows.float(), 0.0)], group)[0]
+    mine = torch.zeros(H, C, D, device=x.device)
+    if n > 0:
+        rows = torch.gather(x, 1, chosen.clamp(0, n - 1)[..., None].expand(H, C, D))
+        mine = torch.where(here[..., None], rows.float(), 0.0)
+    return all_reduce_sum([mine], group)[0]
 
 
 def _means(sums: Tensor, counts: Tensor, previous: Tensor) -> Tensor:

@@ -3,12 +3,10 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from semvid.kernels.dispatch import select
@@ -86,23 +84,6 @@ def test_more_clusters_than_tokens_are_refused() -> None:
         random_tokens(blobs(5), 6, (0,), 5)
 
 
-def _rank(rank: int, world: int, store: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        work(rank, world, *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> None:
-    """Runs `work(rank, world, *args)` on `world` gloo processes and raises any rank's error."""
-    # Children import this module by its name, which pytest made from the folders above it, and get this process's path.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).resolve().parents[2])
-        mp.spawn(_rank, (world, str(folder / "store"), work, args), nprocs=world)
-
-
 def _global_kmeans(rank: int, world: int, folder: Path, N: int) -> None:
     # The last shard is shorter: token counts need not divide.
     x, n = blobs(N), -(-N // world)
@@ -113,8 +94,10 @@ def _global_kmeans(rank: int, world: int, folder: Path, N: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "N"), [(2, 100), (3, 257)])
-def test_shards_cluster_as_one_and_agree_bit_for_bit(world: int, N: int, tmp_path: Path) -> None:
-    spawn(world, tmp_path, _global_kmeans, tmp_path, N)
+def test_shards_cluster_as_one_and_agree_bit_for_bit(
+    spawn: Callable[..., None], world: int, N: int, tmp_path: Path
+) -> None:
+    spawn(world, _global_kmeans, tmp_path, N)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     x = blobs(N)
     start = random_tokens(x, 6, (5, 1), N)
@@ -138,8 +121,8 @@ def _reduce(rank: int, world: int) -> None:
     assert torch.equal(counts, torch.tensor([sum(range(world)), 118_800 * world], dtype=torch.int32))
 
 
-def test_all_reduce_sums_floats_and_counts_in_one_buffer(tmp_path: Path) -> None:
-    spawn(2, tmp_path, _reduce)
+def test_all_reduce_sums_floats_and_counts_in_one_buffer(spawn: Callable[..., None]) -> None:
+    spawn(2, _reduce)
 
 
 def test_one_rank_returns_early_without_a_group() -> None:

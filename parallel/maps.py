@@ -1,0 +1,81 @@
+"""The block map of all heads: each rank makes its share of them; bits and counts are gathered."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semvid.kernels.dispatch import Ops
+from semvid.kernels.layout import Clusters
+from semvid.parallel.collectives import all_gather
+from semvid.parallel.exchange import Counts
+from semvid.parallel.phases import phase
+from semvid.parallel.ranks import Ranks
+
+
+class GlobalMap(NamedTuple):
+    """What every rank knows of a layer's map."""
+
+    bits: Tensor
+    """uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first in the lowest bit."""
+    key_clusters: int
+    counts: Counts
+
+    def selected(self, heads: Tensor, ops: Ops) -> Tensor:
+        """Returns the map of some heads, bool [heads, Cq, Ck]."""
+        return ops.unpack_map(self.bits, heads, self.key_clusters)
+
+    def density(self) -> Tensor:
+        """Returns the share of token pairs that are computed, fp32 [H]; counted exactly."""
+        queries, keys = self.counts.queries.sum(0), self.counts.keys.sum((0, 2))
+        pairs = (queries.long() * self.counts.keys_computed).sum(1)
+        return (pairs.double() / (queries.sum(1) * keys).clamp(min=1).double()).float()
+
+
+def gather_map(queries: Clusters, keys: Clusters, p: float, floor: float, ops: Ops, ranks: Ranks) -> GlobalMap:
+    """Returns the map of all heads. Every rank of the sequence must enter; two all-gathers, no host synchronisation.
+
+    Rank i makes the maps of heads i · s .. (i + 1) · s, s = ⌈H / P⌉; every rank then reads the same bits, so that no
+    plan hangs on a float that two ranks computed for themselves.
+
+    Args:
+        queries: global centroids and sizes, local order.
+        keys: likewise.
+        p: mass to reach, see `top_p_map`.
+        floor: least share of key clusters, likewise.
+        ops: the backend.
+        ranks: the mesh and this rank's place on it.
+    """
+    H, Cq, _ = queries.centroids.shape
+    Ck = keys.centroids.shape[1]
+    group = ranks.sequence
+    with phase("all-gather"):
+        local = torch.cat([side.permutation.offsets.diff(dim=1) for side in (queries, keys)], dim=1)
+        counts = all_gather(local.contiguous(), group)
+    with phase("map"):
+        own = own_heads(H, ranks, local.device)
+        sizes = keys.sizes[own]
+        selected = ops.top_p_map(queries.centroids[own], keys.centroids[own], sizes, p, floor).selected
+        computed = torch.where(selected, sizes[:, None], 0).sum(-1, dtype=torch.int32)
+        record = torch.cat([pack_bits(selected), computed[..., None].view(torch.uint8)], dim=-1)
+    with phase("all-gather"):
+        record = all_gather(record, group).flatten(0, 1)[:H]
+    bits, computed = record.split([record.shape[-1] - 4, 4], dim=-1)
+    of_queries, of_keys = counts.split([Cq, Ck], dim=2)
+    return GlobalMap(bits, Ck, Counts(of_queries, of_keys, computed.contiguous().view(torch.int32)[..., 0]))
+
+
+def own_heads(H: int, ranks: Ranks, device: torch.device) -> Tensor:
+    """Returns the heads whose maps this rank makes, int64 [⌈H / P⌉].
+
+    Beyond the last head the first ones come again, so that all shares are equally large; what they give is dropped.
+    """
+    share = -(-H // ranks.mesh.sequence)
+    return (ranks.shard * share + torch.arange(share, device=device)) % H
+
+
+def pack_bits(selected: Tensor) -> Tensor:
+    """Returns bool [..., C] as uint8 [..., ⌈C / 8⌉]: eight a byte, the first in the lowest bit."""
+    padded = torch.nn.functional.pad(selected.view(torch.uint8), (0, -selected.shape[-1] % 8))
+    bits: Tensor = padded.unflatten(-1, (-1, 8)) << torch.arange(8, dtype=torch.uint8, device=selected.device)
+    return bits.sum(-1, dtype=torch.uint8)

@@ -1,0 +1,68 @@
+"""Where the time of a call goes: named phases, timed on the device while somebody records, free otherwise."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_recorder: "Recorder | None" = None
+
+
+class Recorder:
+    """Collects the spans of phases between `recording`'s beginning and end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def mark(self, on_host: bool) -> Any:
+        """Returns a point in the device's or in the host's time."""
+        if on_host or self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, name: str, begin: Any, end: Any) -> None:
+        """Adds a span between two marks."""
+        self._spans.append((name, begin, end))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Returns the time of each phase, in ms, in the order in which they first began; waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        total: dict[str, float] = {}
+        for name, begin, end in self._spans:
+            took = 1e3 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
+            total[name] = total.get(name, 0.0) + took
+        return total
+
+
+@contextlib.contextmanager
+def recording(device: torch.device) -> Iterator[Recorder]:
+    """Records the phases of what runs inside, on this process's device."""
+    global _recorder
+    before, _recorder = _recorder, Recorder(device)
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
+@contextlib.contextmanager
+def phase(name: str, *, on_host: bool = False) -> Iterator[None]:
+    """Names what runs inside, for whoever records.
+
+    Args:
+        name: spans of one name are added up.
+        on_host: the host's time is meant; otherwise what the current stream did, waiting for a collective included.
+    """
+    recorder = _recorder
+    if recorder is None:
+        yield
+        return
+    begin = recorder.mark(on_host)
+    yield
+    recorder.add(name, begin, recorder.mark(on_host))

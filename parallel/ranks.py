@@ -1,0 +1,93 @@
+"""This process among the ranks of its job: where it is on the mesh, and the groups it talks to."""
+
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from semvid.parallel.collectives import Group
+from semvid.parallel.mesh import Mesh, Place, check
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """One rank's view of the mesh. The default is a single process that talks to nobody."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+    rank: int = 0
+    sequence: Group = None
+    """The ranks that share this one's sequence; None if it has the whole of it."""
+    cfg: Group = None
+    """The rank of each branch that holds the same shard; None if this one runs every branch."""
+
+    @property
+    def place(self) -> Place:
+        """Where this rank is."""
+        return self.mesh.place(self.rank)
+
+    @property
+    def shard(self) -> int:
+        """The number of this rank's shard."""
+        return self.place.sequence(self.mesh)
+
+
+def connect(mesh: Mesh) -> Ranks:
+    """Returns this rank's view of `mesh`, its groups made. Every rank of the default process group must enter.
+
+    Raises:
+        ValueError: the mesh is not one of as many ranks as there are.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    check(mesh, world_size)
+    if world_size == 1:
+        return Ranks(mesh)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    axes = init_device_mesh(device, (mesh.cfg, mesh.sequence), mesh_dim_names=("cfg", "sequence"))
+    return Ranks(
+        mesh,
+        dist.get_rank(),
+        axes.get_group("sequence") if mesh.sequence > 1 else None,
+        axes.get_group("cfg") if mesh.cfg > 1 else None,
+    )
+
+
+def join(device: torch.device, seat: tuple[int, int, str] | None = None, *, seconds: float = 600.0) -> None:
+    """Joins the default process group: the one that the environment describes (torchrun's variables), unless told.
+
+    Args:
+        device: this rank's own; decides between NCCL and gloo.
+        seat: rank, number of ranks, and a file that does not exist yet, where they meet.
+        seconds: how long a collective may wait for the others.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    own = device if device.type == "cuda" else None
+    where: dict[str, Any] = {}
+    if seat is not None:
+        where = {"rank": seat[0], "world_size": seat[1], "init_method": f"file://{seat[2]}"}
+    dist.init_process_group(backend, timeout=timedelta(seconds=seconds), device_id=own, **where)
+
+
+def slowest(value: float, device: torch.device) -> float:
+    """Returns the largest `value` of all ranks; each must enter, and leaves when the last has come."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def hosts() -> list[str]:
+    """Returns the name of each rank's host, in the order of ranks; every one must enter."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
+def leave() -> None:
+    """Leaves the default process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

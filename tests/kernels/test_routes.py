@@ -1,0 +1,101 @@
+"""Index lists of the exchange: the Triton kernels against the reference, and the reference against a plain loop."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from semvid.kernels import reference
+from semvid.kernels.dispatch import select
+
+
+def routes(S: int, H: int, C: int, G: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+    """Counts, pieces (whole heads and parts of heads), and where the sources' rows begin, as an itinerary has them."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 5, (S, H, C), generator=generator, dtype=torch.int32)
+    counts[:, :, C // 2] = 0
+    pieces, lengths = [], torch.zeros(S, G, dtype=torch.int64)
+    for g in range(G):
+        head = int(torch.randint(H, (1,), generator=generator))
+        total = int(counts[:, head].sum())
+        first, last = sorted(torch.randint(0, total + 1, (2,), generator=generator).tolist()) if g % 2 else (0, total)
+        pieces.append((head, first, last))
+        row = 0
+        for c in range(C):
+            for s in range(S):
+                for _ in range(int(counts[s, head, c])):
+                    lengths[s, g] += first <= row < last
+                    row += 1
+    begins = (lengths.flatten().cumsum(0) - lengths.flatten()).view(S, G)
+    rows = max((last - first for _, first, last in pieces), default=0)
+    table = torch.tensor(pieces, dtype=torch.int64).view(-1, 3)
+    return counts, table, begins, rows, int(lengths.sum()), int(lengths.max()) if lengths.numel() else 0
+
+
+def by_hand(counts: Tensor, pieces: Tensor, rows: int) -> list[int]:
+    """Every arriving row's place, source by source, piece by piece, cluster by cluster."""
+    S, _, C = counts.shape
+    places = []
+    for source in range(S):
+        for g, (head, first, last) in enumerate(pieces.tolist()):
+            row = 0
+            for c in range(C):
+                for s in range(S):
+                    for _ in range(int(counts[s, head, c])):
+                        if s == source and first <= row < last:
+                            places.append(g * rows + row - first)
+                        row += 1
+    return places
+
+
+CASES = [(1, 1, 1, 1), (2, 3, 5, 4), (3, 2, 17, 5), (2, 2, 40, 2), (4, 3, 3, 0)]
+
+
+@pytest.mark.parametrize(("S", "H", "C", "G"), CASES)
+def test_the_reference_places_every_row(S: int, H: int, C: int, G: int) -> None:
+    for seed in range(3):
+        counts, pieces, begins, rows, total, most = routes(S, H, C, G, seed)
+        targets, offsets = reference.target_rows(counts, pieces, begins, rows, total, most)
+        assert targets[0].tolist() == by_hand(counts, pieces, rows)
+        for g, (head, first, last) in enumerate(pieces.tolist()):
+            ends = counts[:, head].sum(0).cumsum(0).clamp(first, last) - first
+            assert offsets[g].tolist() == [0, *ends.tolist()]
+
+
+@pytest.mark.parametrize(("S", "H", "C", "G"), [*CASES, (2, 2, 1100, 3)])
+def test_targets_equal_the_reference(S: int, H: int, C: int, G: int, device: torch.device) -> None:
+    counts, pieces, begins, rows, total, most = routes(S, H, C, G, 7)
+    # Counts of queries and keys lie side by side, and sources of one ring row among others.
+    wide = torch.zeros(S + 2, H, C + 3, dtype=torch.int32)
+    wide[1 : S + 1, :, 2 : C + 2] = counts
+    counts = wide.to(device)[1 : S + 1, :, 2 : C + 2]
+    given = counts, pieces.to(device), begins.to(device), rows, total, most
+    found, expected = select("triton", device).target_rows(*given), reference.target_rows(*given)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1500])
+def test_sources_equal_the_reference(n: int, device: torch.device) -> None:
+    H, generator = 3, torch.Generator().manual_seed(n)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(H)]).to(torch.int32).to(device)
+    spans = [(2, 0, n), (0, n // 2, n - n // 2), (1, 0, 0), (0, 0, n // 2)]
+    begins = [sum(span[2] for span in spans[:i]) for i in range(len(spans))]
+    table = torch.tensor([(begin, *span) for begin, span in zip(begins, spans, strict=True)], device=device)
+    given = order, table, 2 * n, (n, 1), (1, H)
+    found, expected = select("triton", device).source_rows(*given), reference.source_rows(*given)
+    assert len(found) == 2
+    for mine, theirs, (head_step, token_step) in zip(found, expected, given[3:], strict=True):
+        rows = [
+            h * head_step + int(t) * token_step for h, first, length in spans for t in order[h, first : first + length]
+        ]
+        assert mine[0].tolist() == theirs[0].tolist() == rows
+    assert torch.equal(select("triton", device).source_rows(*given[:4])[0], expected[0])
+
+
+@pytest.mark.parametrize("C", [1, 8, 9, 1001])
+def test_maps_unpack_as_in_the_reference(C: int, device: torch.device) -> None:
+    bits = torch.randint(256, (3, 4, -(-C // 8) + 4), generator=torch.Generator().manual_seed(C), dtype=torch.uint8)
+    # Other bytes stand behind the map's in the record that is gathered.
+    bits = bits.to(device)[..., :-4]
+    heads = torch.tensor([[2, 9], [0, 9], [2, 9]], device=device)[:, 0]
+    assert torch.equal(select("triton", device).unpack_map(bits, heads, C), reference.unpack_map(bits, heads, C))
