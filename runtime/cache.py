@@ -1,4 +1,4 @@
-"""What a job remembers from step to step: clusters and plans, per (layer, branch)."""
+"""What a job remembers from step to step: clusters, plans and exchanges, per (layer, branch)."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Plan
+from semvid.parallel.exchange import Exchange
 
 
 class Memory(NamedTuple):
@@ -13,9 +14,12 @@ class Memory(NamedTuple):
 
     queries: Clusters
     keys: Clusters
-    plan: Plan
     density: Tensor
-    """fp32 [H]: the share of token pairs that the plan computes."""
+    """fp32 [H]: the share of token pairs that are computed, over all ranks."""
+    plans: list[Plan]
+    """What this rank computes: one plan where it has the whole sequence, else one for each hop of the exchange."""
+    exchange: Exchange | None = None
+    """Which rows go where; None where the sequence is whole."""
 
 
 @dataclass(slots=True)
@@ -23,6 +27,8 @@ class Cache:
     """The memories of one job."""
 
     memories: dict[tuple[int, str], Memory] = field(default_factory=dict)
+    dense: dict[tuple[object, ...], Exchange] = field(default_factory=dict)
+    """Exchanges of dense calls, which hang on sizes alone."""
 
     def get(self, layer: int, branch: str) -> Memory | None:
         """Returns the memory of a layer and branch, None before its first refresh."""
@@ -35,3 +41,4 @@ class Cache:
     def reset(self) -> None:
         """Forgets everything: a new job begins."""
         self.memories.clear()
+        self.dense.clear()

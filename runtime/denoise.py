@@ -4,8 +4,8 @@ The loop is WanPipeline's own, written out, so that a step can be watched, stopp
 gives the same latents bit for bit.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from semvid.parallel import mesh
+from semvid.parallel.collectives import all_gather
+from semvid.parallel.ranks import Ranks
 from semvid.runtime.config import VideoConfig
 from semvid.runtime.metrics import Frames
 
@@ -31,17 +34,27 @@ class Denoising:
     negative_prompt: Tensor | None
     """None without classifier-free guidance."""
     guidance: float
+    ranks: Ranks = field(default_factory=Ranks)
+    """Says which branch this rank runs; all of them unless the mesh parts them."""
 
 
 @torch.no_grad()
-def start(pipeline: Any, video: VideoConfig) -> Denoising:
+def start(pipeline: Any, video: VideoConfig, ranks: Ranks | None = None) -> Denoising:
     """Returns the state before the first step: prompts encoded, timesteps set, noise drawn.
 
-    The noise comes from a CPU generator: the same on every device.
+    The noise comes from a CPU generator: the same on every device and rank.
+
+    Args:
+        pipeline: a WanPipeline.
+        video: what is to be seen.
+        ranks: this process among those of the job; alone if absent.
 
     Raises:
-        ValueError: a prompt is longer than the model reads; diffusers would cut it off.
+        ValueError: a prompt is longer than the model reads (diffusers would cut it off), or the mesh parts two
+            branches where there is one.
     """
+    ranks = ranks or Ranks()
+    mesh.check(ranks.mesh, ranks.mesh.world_size, guided=video.guidance > 1)
     device = pipeline._execution_device
     for name, text in (("prompt", video.prompt), ("negative_prompt", video.negative_prompt)):
         length = len(pipeline.tokenizer(text).input_ids)
@@ -72,11 +85,15 @@ def start(pipeline: Any, video: VideoConfig) -> Denoising:
         prompt.to(dtype),
         None if negative is None else negative.to(dtype),
         video.guidance,
+        ranks,
     )
 
 
 def steps(pipeline: Any, state: Denoising) -> Iterator[int]:
-    """Runs one denoising step per item and yields its index, 0 .. steps - 1; `state.latents` is the step's result."""
+    """Runs one denoising step per item and yields its index, 0 .. steps - 1; `state.latents` is the step's result.
+
+    Every rank of the job must run every step. The result has the same bits on all of them.
+    """
     for step, timestep in enumerate(state.timesteps):
         with torch.no_grad():
             state.latents = _step(pipeline, state, step, timestep)
@@ -103,18 +120,30 @@ def decode(pipeline: Any, latents: Tensor) -> Frames:
 
 def _step(pipeline: Any, state: Denoising, step: int, timestep: Tensor) -> Tensor:
     """Returns the latents after one step: a forward pass a branch, guidance, the scheduler."""
-    model = pipeline.transformer
     context = {
         "step_index": step,
         "sigma": float(pipeline.scheduler.sigmas[step]),
         "num_inference_steps": len(state.timesteps),
     }
-    noise = _forward(model, state, state.prompt, timestep, "cond", context)
-    if state.negative_prompt is not None:
-        unguided = _forward(model, state, state.negative_prompt, timestep, "uncond", context)
+    noise, *others = _predict(pipeline.transformer, state, timestep, context)
+    if others:
+        (unguided,) = others
         noise = unguided + state.guidance * (noise - unguided)
     latents: Tensor = pipeline.scheduler.step(noise, timestep, state.latents, return_dict=False)[0]
     return latents
+
+
+def _predict(model: Any, state: Denoising, timestep: Tensor, context: dict[str, Any]) -> Sequence[Tensor]:
+    """Returns the prediction of the conditional branch, then that of the unconditional one if there is guidance."""
+    branches = [("cond", state.prompt)]
+    if state.negative_prompt is not None:
+        branches.append(("uncond", state.negative_prompt))
+    parted = state.ranks.mesh.cfg > 1
+    if parted:
+        branches = [branches[state.ranks.place.cfg]]
+    mine = [_forward(model, state, prompt, timestep, branch, context) for branch, prompt in branches]
+    # Every rank of the job enters, each with its branch; one that does not keeps the others waiting.
+    return all_gather(mine[0].contiguous(), state.ranks.cfg).unbind() if parted else mine
 
 
 def _forward(

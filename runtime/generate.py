@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semvid.parallel.mesh import Mesh
+from semvid.parallel.ranks import Ranks
 from semvid.runtime import denoise, folder, models, video
 from semvid.runtime.job import Job
 from semvid.runtime.metrics import Density, Frames
@@ -42,7 +44,9 @@ class Result:
     device: str
     """cpu or cuda"""
     peak_memory_bytes: int | None
-    """Of the GPU's allocator; None on a CPU."""
+    """Of the GPU's allocator, on rank 0; None on a CPU."""
+    mesh: Mesh
+    """How the ranks of the job shared it."""
 
     @property
     def seconds_per_step(self) -> float:
@@ -53,13 +57,19 @@ class Result:
 Watcher = Callable[[Progress], None]
 
 
-def generate(job: Job, watch: Watcher = lambda _: None, pipeline: Any = None) -> Result:
-    """Runs `job`, writes its events, video and contact sheet, and returns what it made.
+def generate(
+    job: Job, watch: Watcher = lambda _: None, pipeline: Any = None, ranks: Ranks | None = None
+) -> Result | None:
+    """Runs `job`, writes its events, video and contact sheet, and returns what it made; None on a rank other than 0.
+
+    Every rank of the job must enter. All of them denoise; rank 0 alone decodes and writes.
 
     Args:
-        job: a folder with its configuration.
+        job: a folder with its configuration, the same on every rank.
         watch: called after each step and at the beginning of each phase.
         pipeline: the loaded checkpoint, to save loading it again; loaded from the configuration if absent.
+        ranks: this process among those of the job; alone if absent. With several the caller logs what stops the job,
+            since here nobody knows which rank was the first to fail.
 
     Raises:
         ValueError: the configuration does not fit the checkpoint.
@@ -67,51 +77,67 @@ def generate(job: Job, watch: Watcher = lambda _: None, pipeline: Any = None) ->
     """
     # Here and not only on the command line: whoever starts a job, a size that does not fit is never changed silently.
     folder.check(job.config, folder.inspect(folder.locate(job.config.model.path)))
-    run = _Run(job, watch)
-    job.log("start", state="running")
+    run = _Run(job, watch, ranks or Ranks())
+    run.log("start", state="running", mesh=str(run.ranks.mesh), world_size=run.ranks.mesh.world_size)
     try:
         result = run.all(pipeline)
-    except KeyboardInterrupt:
-        job.log("stop", state="cancelled", step=run.step)
-        raise
     except BaseException as error:
-        job.log("stop", state="failed", step=run.step, reason=f"{type(error).__name__}: {error}")
+        if run.ranks.mesh.world_size == 1:
+            _log_stop(run, error)
         raise
-    job.log("stop", state="done", frames_sha256=result.frames_sha256, phase_seconds=result.phase_seconds)
+    if result is not None:
+        job.stop("done", frames_sha256=result.frames_sha256, phase_seconds=result.phase_seconds)
     return result
 
 
-class _Run:
-    """One pass through the phases; keeps the clock and the step."""
+def _log_stop(run: "_Run", error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        run.job.stop("cancelled", step=run.step)
+    else:
+        run.job.stop("failed", step=run.step, reason=f"{type(error).__name__}: {error}")
 
-    def __init__(self, job: Job, watch: Watcher) -> None:
+
+class _Run:
+    """One pass of one rank through the phases; keeps the clock and the step."""
+
+    def __init__(self, job: Job, watch: Watcher, ranks: Ranks) -> None:
         self.job = job
         self.watch = watch
+        self.ranks = ranks
+        self.leads = ranks.rank == 0
         self.on_gpu = False
         self.step = 0
         self.phase_seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
 
-    def all(self, pipeline: Any) -> Result:
+    def log(self, event: str, **values: Any) -> None:
+        if self.leads:
+            self.job.log(event, **values)
+
+    def all(self, pipeline: Any) -> Result | None:
         config = self.job.config
         if pipeline is None:
             pipeline = self._phase("load", lambda: models.load_pipeline(folder.locate(config.model.path), config.model))
-        handle = models.sparsify(pipeline, attention=config.attention, seed=config.video.seed)
+        seed = config.video.seed
+        handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            state = self._phase("encode", lambda: denoise.start(pipeline, config.video))
+            state = self._phase("encode", lambda: denoise.start(pipeline, config.video, self.ranks))
             self._phase("denoise", lambda: self._denoise(pipeline, handle, state))
             denoise.finish(pipeline)
             density = handle.density()
         finally:
             handle.remove()
-        frames = self._phase("decode", lambda: denoise.decode(pipeline, state.latents))
+        return self._finish(pipeline, handle, state.latents, density) if self.leads else None
+
+    def _finish(self, pipeline: Any, handle: Sparsified, latents: Tensor, density: Density) -> Result:
+        frames = self._phase("decode", lambda: denoise.decode(pipeline, latents))
         encoder = self._phase("write", lambda: self._write(frames))
         return Result(
             frames=frames,
-            latents=state.latents.cpu(),
+            latents=latents.cpu(),
             frames_sha256=video.frames_sha256(frames),
             encoder=encoder,
             density=density,
@@ -120,11 +146,12 @@ class _Run:
             phase_seconds=self.phase_seconds,
             device=pipeline.device.type,
             peak_memory_bytes=self._peak_memory(),
+            mesh=self.ranks.mesh,
         )
 
     def _phase(self, name: str, work: Callable[[], Any]) -> Any:
         self.watch(Progress(phase=name, step=self.step, steps=self.job.config.video.steps, seconds=0.0))
-        self.job.log("phase", phase=name)
+        self.log("phase", phase=name)
         begin = time.perf_counter()
         result = work()
         self._wait()
@@ -145,7 +172,7 @@ class _Run:
             before, begin = now, time.perf_counter()
 
     def _log_step(self, seconds: float, density: Density) -> None:
-        self.job.log(
+        self.log(
             "step",
             step=self.step,
             steps=self.job.config.video.steps,

@@ -1,5 +1,6 @@
 """A job is a folder: job.toml (resolved), events.jsonl (progress), video.mp4, contact.png. Needs no torch."""
 
+import fcntl
 import json
 import os
 import re
@@ -38,6 +39,27 @@ class Job:
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def stop(self, state: str, **values: Any) -> bool:
+        """Appends the event that ends a run and returns True, or returns False where it has failed or was cancelled.
+
+        Of several ranks that stop at once one alone gets True.
+
+        Args:
+            state: done, failed or cancelled.
+            values: what else the event says.
+        """
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self.state in ("failed", "cancelled"):
+                return False
+            self.log("stop", state=state, **values)
+            return True
+
+    def sweep(self) -> None:
+        """Removes the beginnings of files that a killed process has left."""
+        for part in self.folder.glob(".*.part*"):
+            part.unlink(missing_ok=True)
+
     def events(self) -> Iterator[dict[str, Any]]:
         """Yields the events so far; a last line cut short by a crash is passed over."""
         path = self.folder / "events.jsonl"
@@ -51,6 +73,14 @@ class Job:
     def state(self) -> str:
         """queued, running, done, failed or cancelled, by the last event that names a state."""
         return next((e["state"] for e in reversed(list(self.events())) if "state" in e), "queued")
+
+    @property
+    def step(self) -> int:
+        """Denoising steps done in the current or last run."""
+        for event in reversed(list(self.events())):
+            if event["event"] in ("start", "step"):
+                return int(event.get("step", 0))
+        return 0
 
 
 def create(folder: Path, config: Config) -> Job:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semvid.parallel.collectives import Group, all_gather
+
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -56,10 +58,19 @@ class DensityMeter:
         self.total = mean if self.total is None else self.total + mean
         self.sparse_calls += 1
 
-    def read(self) -> Density:
-        """Returns the densities so far; waits for the device."""
-        mean = 1.0 if self.total is None else self.total.item() / self.sparse_calls
-        return Density(mean, self.sparse_calls, self.dense_calls)
+    def read(self, group: Group = None, device: torch.device | None = None) -> Density:
+        """Returns the densities so far, the same on every rank; waits for the device.
+
+        Args:
+            group: the ranks that ran other calls, one for each branch; every one must enter. Those that share a
+                sequence count the same calls alike, so they are left out.
+            device: one that `group` exchanges tensors on.
+        """
+        mine = torch.tensor([0, self.sparse_calls, self.dense_calls], dtype=torch.float64, device=device)
+        if self.total is not None:
+            mine[0] = self.total
+        total, sparse_calls, dense_calls = all_gather(mine, group).sum(0).tolist()
+        return Density(total / sparse_calls if sparse_calls else 1.0, int(sparse_calls), int(dense_calls))
 
     def reset(self) -> None:
         """Forgets all calls."""

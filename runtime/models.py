@@ -11,11 +11,13 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
 from semvid.kernels import dispatch
+from semvid.parallel.ranks import Ranks
 from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
 from semvid.runtime.folder import FAMILIES
 from semvid.runtime.metrics import Density
 from semvid.runtime.processors import WanProcessor
 from semvid.runtime.session import Position, Session, resolve_device
+from semvid.runtime.sharding import shard_transformer, unshard_transformer
 
 HOOK = "semvid"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,8 +37,11 @@ class Sparsified:
         return self.session.ops.name
 
     def density(self) -> Density:
-        """Returns the densities of the current or last job."""
-        return self.session.meter.read()
+        """Returns the densities of the current or last job, over its branches on all ranks.
+
+        A collective where the branches are on several ranks: every rank must call it, and equally often.
+        """
+        return self.session.meter.read(self.session.ranks.cfg, self.pipeline.device)
 
     def reset(self) -> None:
         """Begins a new job by hand; a new call of the pipeline does it by itself."""
@@ -49,12 +54,19 @@ class Sparsified:
             block.attn1.set_processor(stock)
         if self._stock:
             _registry(self.pipeline.transformer).remove_hook(HOOK, recurse=False)
+            if self.session.ranks.mesh.sequence > 1:
+                unshard_transformer(self.pipeline.transformer)
         self._stock = []
         self.session.reset()
 
 
 def sparsify(
-    pipeline: Any, preset: str = "svg2", *, attention: AttentionConfig | None = None, seed: int = 0
+    pipeline: Any,
+    preset: str = "svg2",
+    *,
+    attention: AttentionConfig | None = None,
+    seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Sparsified:
     """Puts semvid's attention into a diffusers pipeline and returns the handle that reports and removes it.
 
@@ -66,9 +78,13 @@ def sparsify(
         preset: a name (`semvid.runtime.config.presets`) or a TOML file with [attention].
         attention: the whole setting, instead of a preset.
         seed: of the first centroids.
+        ranks: this process among those of the job (`semvid.parallel.ranks.connect`); alone if absent. Where several
+            share the sequence every one must call the pipeline alike. Where they share the branches the loop must be
+            `semvid.runtime.denoise`'s: the pipeline's own runs both.
 
     Raises:
-        ValueError: an unsupported pipeline, one that is sparsified already, or a setting that is not accepted.
+        ValueError: an unsupported pipeline, one that is sparsified already, a setting that is not accepted, or a
+            shared sequence where the model can't be sharded.
     """
     if type(pipeline) is not WanPipeline or pipeline.transformer is None or pipeline.transformer_2 is not None:
         raise ValueError(f"pipeline is a {type(pipeline).__name__}; supported: {', '.join(FAMILIES)}")
@@ -77,7 +93,9 @@ def sparsify(
         raise ValueError("this pipeline is sparsified already; remove() that handle first")
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
-    session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed)
+    session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
+    if session.ranks.mesh.sequence > 1:
+        shard_transformer(pipeline.transformer, session)
     stock = []
     for layer, block in enumerate(pipeline.transformer.blocks):
         stock.append(block.attn1.get_processor())

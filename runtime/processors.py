@@ -1,12 +1,14 @@
 """diffusers attention processors, one per model family. They alone turn [B, N, H, D] into [B·H, N, D] and back."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from semvid.parallel.shard import pad
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
-from semvid.runtime.sparse import decision, sparse_attention
+from semvid.runtime.sparse import decision, dense_attention, sparse_attention
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -18,7 +20,10 @@ class Processor(Protocol):
 
 
 class WanProcessor:
-    """Self-attention of one Wan block: the processor that was there where the schedule says dense, else sparse."""
+    """Self-attention of one Wan block: sparse, or dense where the schedule says so.
+
+    Dense is the processor that was there, on a shard ours over all shards.
+    """
 
     def __init__(self, stock: Processor, session: Session, layer: int) -> None:
         self.stock = stock
@@ -45,35 +50,45 @@ class WanProcessor:
         Raises:
             ValueError: a mask or another sequence was given.
         """
-        todo = decision(self.session, self.layer)
+        todo, shard = decision(self.session, self.layer), self.session.shard
         if isinstance(todo, Dense):
             self.session.meter.count_dense()
-            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            if shard is None:
+                return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("sparse attention serves self-attention without a mask")
+            raise ValueError("semvid's attention serves self-attention without a mask")
         if rotary_emb is None:
             raise ValueError("rotary_emb is None; accepted: cosines and sines: Wan's self-attention has them")
-        q, k, v = _project(attn, hidden_states)
-        q, k = (self._fold_turned(norm, x, rotary_emb) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
-        heads = sparse_attention(q, k, _fold(v, attn.heads), self.session, self.layer, todo)
-        out = _unfold(heads, hidden_states.shape[0])
+        q, k, v = project(attn, hidden_states)
+        turn = self.session.ops.norm_rotary
+        q, k = (fold_turned(norm, x, rotary_emb, turn) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
+        v = _fold(v, attn.heads)
+        if shard is not None:
+            # Padding is never clustered, never attended, never counted.
+            q, k, v = (x[:, : shard.tokens] for x in (q, k, v))
+        if isinstance(todo, Dense):
+            heads = dense_attention(q, k, v, self.session)
+        else:
+            heads = sparse_attention(q, k, v, self.session, self.layer, todo)
+        out = pad(unfold(heads, hidden_states.shape[0]), 1, hidden_states.shape[1])
         for module in attn.to_out:
             out = module(out)
         return out
 
-    def _fold_turned(self, norm: Any, x: Tensor, rotary_emb: Rotary) -> Tensor:
-        """Returns normed and turned heads, [B·H, N, D], of projected x [B, N, H·D]."""
-        cosines, sines = (angles[0, :, 0] for angles in rotary_emb)
-        heads = x.shape[-1] // cosines.shape[-1]
-        return self.session.ops.norm_rotary(x, norm.weight, norm.eps, cosines, sines, heads)
 
-
-def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns queries, keys and values, [B, N, H·D] each."""
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         return q, k, v
     return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+
+
+def fold_turned(norm: Any, x: Tensor, rotary_emb: Rotary, norm_rotary: Callable[..., Tensor]) -> Tensor:
+    """Returns normed and turned heads, [B·H, N, D], of projected x [B, N, H·D]."""
+    cosines, sines = (angles[0, :, 0] for angles in rotary_emb)
+    heads = x.shape[-1] // cosines.shape[-1]
+    return norm_rotary(x, norm.weight, norm.eps, cosines, sines, heads)
 
 
 def _fold(x: Tensor, heads: int) -> Tensor:
@@ -82,7 +97,7 @@ def _fold(x: Tensor, heads: int) -> Tensor:
     return folded
 
 
-def _unfold(x: Tensor, batch: int) -> Tensor:
+def unfold(x: Tensor, batch: int) -> Tensor:
     """Returns [B·H, N, D] as [B, N, H·D]."""
     unfolded: Tensor = x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
     return unfolded

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from semvid.kernels.dispatch import Ops
-from semvid.parallel.collectives import Group
+from semvid.parallel.balance import balance
+from semvid.parallel.itinerary import Placement
+from semvid.parallel.ranks import Ranks
+from semvid.parallel.shard import Shard
 from semvid.runtime.cache import Cache
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import DensityMeter
@@ -27,17 +30,23 @@ class Session:
     config: AttentionConfig
     ops: Ops
     seed: int
-    group: Group = None
+    ranks: Ranks = field(default_factory=Ranks)
+    """This process among those of the job."""
     cache: Cache = field(default_factory=Cache)
     meter: DensityMeter = field(default_factory=DensityMeter)
     position: Position | None = None
     seen: set[str] = field(default_factory=set)
     """Branches that ran at the current step."""
+    place_work: Placement = balance
+    """How the work of a layer is cut among ranks."""
+    shard: Shard | None = None
+    """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
 
     def enter(self, position: Position) -> None:
         """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.
 
-        Within a job a step never comes back and each branch runs once a step.
+        Within a job a step never comes back and each branch runs at most once a step: a rank of one branch sees that
+        one alone.
         """
         last = self.position
         repeated = last is not None and position.step == last.step and position.branch in self.seen

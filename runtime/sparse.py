@@ -1,10 +1,18 @@
-"""The story of one self-attention call: decide, cluster, map, permute, attend, return."""
+"""The story of one self-attention call: decide, cluster, map, permute, exchange, attend, return."""
 
 import zlib
 
+import torch
 from torch import Tensor
 
+from semvid.kernels.dense import dense_pieces
+from semvid.kernels.layout import BlockMap, Permutation
+from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
 from semvid.parallel.kmeans import random_tokens, refine
+from semvid.parallel.maps import gather_map
+from semvid.parallel.phases import phase
+from semvid.parallel.ring import attend_exchanged
+from semvid.parallel.shard import Shard
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import cluster_counts
 from semvid.runtime.schedule import Decision, Dense, Refresh, decide
@@ -19,12 +27,14 @@ def decision(session: Session, layer: int) -> Decision:
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo: Decision) -> Tensor:
-    """Returns softmax(q·kᵀ/√D)·v over the selected blocks, [H, N, D] in token order and q's dtype.
+    """Returns softmax(q·kᵀ/√D)·v over the selected blocks, [H, n, D] in token order and q's dtype.
 
-    Method: Sparse VideoGen2 (arXiv 2505.18875).
+    Method: Sparse VideoGen2 (arXiv 2505.18875). Under sequence parallelism n is this rank's tokens, clusters and map
+    are those of the whole sequence, and every rank that shares it must call.
 
     Args:
-        q: post-norm, post-rotary queries, [H, N, D], the batch folded into H; k and v likewise.
+        q: post-norm, post-rotary queries of this rank's tokens, without padding, [H, n, D], the batch folded into H;
+            k and v likewise.
         k: keys.
         v: values.
         session: clusters of earlier steps come from it, new ones go into it.
@@ -32,41 +42,103 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         todo: a Refresh or a Reuse from `decision`.
     """
     assert not isinstance(todo, Dense), "dense calls are the model's own"
-    branch = session.here().branch
+    branch, ops = session.here().branch, session.ops
     memory = session.cache.get(layer, branch)
     if isinstance(todo, Refresh):
-        memory = _refresh(q, k, session, layer, todo)
+        memory = _refresh(q, k, v, session, layer, todo)
         session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
-    ops, by_query, by_key = session.ops, memory.queries.permutation.order, memory.keys.permutation.order
-    queries, keys, values = ops.gather_rows(q, by_query), ops.gather_rows(k, by_key), ops.gather_rows(v, by_key)
-    grouped, _ = ops.attention(queries, keys, values, memory.plan)
-    out = ops.scatter_rows(grouped, by_query)
     session.meter.count_sparse(memory.density)
-    return out
+    plans, exchange = memory.plans, memory.exchange
+    if exchange is not None:
+        return attend_exchanged(
+            q, k, v, exchange, lambda q, k, v, hop: ops.attention(q, k, v, plans[hop]), ops, session.ranks.sequence
+        )
+    by_query, by_key = memory.queries.permutation.order, memory.keys.permutation.order
+    with phase("pack"):
+        queries, keys, values = ops.gather_rows(q, by_query), ops.gather_rows(k, by_key), ops.gather_rows(v, by_key)
+    with phase("attend"):
+        grouped, _ = ops.attention(queries, keys, values, plans[0])
+    with phase("return"):
+        return ops.scatter_rows(grouped, by_query)
 
 
-def _refresh(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> Memory:
-    """Returns new clusters of q and k, in order, and what follows from them: map and plan."""
-    ops, config = session.ops, session.config
-    queries, keys = refine([q, k], _starts(q, k, session, layer, todo), todo.iterations, ops, session.group)
-    block_map = ops.top_p_map(queries.centroids, keys.centroids, keys.sizes, config.p, config.floor)
-    density = ops.density(block_map, queries.sizes, keys.sizes)
-    plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-    return Memory(queries, keys, plan, density)
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor:
+    """Returns softmax(q·kᵀ/√D)·v over the whole sequence, [H, n, D], where every rank has a shard of it.
+
+    The exchange is that of the sparse calls, with one cluster a head: heads are shared equally, parts of heads too
+    where their number does not divide. Every rank that shares the sequence must call.
+
+    Args:
+        q: post-norm, post-rotary queries of this rank's tokens, without padding, [H, n, D]; k and v likewise.
+        k: keys.
+        v: values.
+        session: of a sharded transformer.
+    """
+    exchange = _dense_exchange(q, k, v, session)
+    rows = [piece.last - piece.first for piece in exchange.pieces]
+    with_lse = len(exchange.hops) > 1
+    return attend_exchanged(
+        q, k, v, exchange, lambda q, k, v, _: dense_pieces(q, k, v, rows, with_lse=with_lse), session.ops,
+        session.ranks.sequence,
+    )  # fmt: skip
+
+
+def _refresh(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo: Refresh) -> Memory:
+    """Returns new clusters of q and k, in order, and what follows from them: map, plans, exchange."""
+    ops, config, ranks = session.ops, session.config, session.ranks
+    queries, keys = refine([q, k], _starts(q, k, session, layer, todo), todo.iterations, ops, ranks.sequence)
+    q_runs, k_runs = queries.permutation.offsets, keys.permutation.offsets
+    if session.shard is None:
+        with phase("map"):
+            block_map = ops.top_p_map(queries.centroids, keys.centroids, keys.sizes, config.p, config.floor)
+            density = ops.density(block_map, queries.sizes, keys.sizes)
+        with phase("plan"):
+            return Memory(queries, keys, density, [ops.plan(q_runs, k_runs, block_map)])
+    whole = gather_map(queries, keys, config.p, config.floor, ops, ranks)
+    orders = queries.permutation, keys.permutation
+    with phase("plan"):
+        exchange = plan_exchange(
+            whole.counts, orders, (layout(q), layout(k), layout(v)), ranks, ops, session.place_work
+        )
+        block_map = BlockMap(whole.selected(exchange.heads, ops))
+        plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+    return Memory(queries, keys, whole.density(), plans, exchange)
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
     """Returns the centroids that k-means starts from: random tokens, or those of the refresh before."""
-    here = session.here()
+    here, group = session.here(), session.ranks.sequence
     if not todo.seeded:
         memory = session.cache.get(layer, here.branch)
         assert memory is not None, "the schedule warm-starts only what is there"
         return [memory.queries.centroids, memory.keys.centroids]
-    tokens = q.shape[1]
+    shard = session.shard or Shard(rank=0, ranks=1, total=q.shape[1])
     key = (session.seed, layer, zlib.crc32(here.branch.encode()), here.step)
-    counts = cluster_counts(session.config, tokens)
+    counts = cluster_counts(session.config, shard.total)
     return [
-        random_tokens(x, C, (*key, side), tokens, group=session.group)
+        random_tokens(x, C, (*key, side), shard.total, shard.first, group)
         for side, (x, C) in enumerate(zip((q, k), counts, strict=True))
     ]
+
+
+def _dense_exchange(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Exchange:
+    """Returns the exchange of dense calls of these sizes, planned at the first of them."""
+    shard, layouts = session.shard, (layout(q), layout(k), layout(v))
+    assert shard is not None, "a whole sequence needs no exchange"
+    found = session.cache.dense.get((shard, q.shape[0], layouts))
+    if found is None:
+        found = plan_exchange(*_one_cluster(shard, q), layouts, session.ranks, session.ops, session.place_work)
+        session.cache.dense[shard, q.shape[0], layouts] = found
+    return found
+
+
+def _one_cluster(shard: Shard, x: Tensor) -> tuple[Counts, tuple[Permutation, Permutation]]:
+    """Returns counts and orders as if all tokens of a head of x, [H, n, D], were one cluster."""
+    H, n, _ = x.shape
+    tokens = torch.tensor(shard.all_tokens(), dtype=torch.int32, device=x.device)
+    counts = tokens[:, None, None].expand(-1, H, 1)
+    order = torch.arange(n, dtype=torch.int32, device=x.device).expand(H, n).contiguous()
+    offsets = torch.tensor([0, n], dtype=torch.int32, device=x.device).expand(H, 2)
+    computed = torch.full((H, 1), shard.total, dtype=torch.int32, device=x.device)
+    return Counts(counts, counts, computed), (Permutation(order, offsets),) * 2

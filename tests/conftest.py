@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
+from semvid.parallel.ranks import join
 from semvid.runtime.config import DEMO_MODEL, Config, resolve
 
 if not torch.cuda.is_available():
@@ -62,6 +66,37 @@ def tiny_config(tiny_model: Path) -> Callable[..., Config]:
         return resolve(None, {"model": model, "video": size | video, "attention": attention or {}}, preset=preset)
 
     return make
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Callable[..., None]:
+    """Returns what runs `work(rank, world, *args)` on `world` processes and raises any rank's error.
+
+    `work` is a test module's own function; `connect` of semvid.parallel.ranks gives it its place on a mesh. The
+    processes talk by gloo, with `nccl=True` by NCCL, a GPU each.
+    """
+
+    def run(world: int, work: Callable[..., None], *args: Any, nccl: bool = False) -> None:
+        store = Path(tempfile.mkdtemp(dir=tmp_path)) / "store"
+        # Children import test modules by their names, which pytest made from the folders above them, and get this
+        # process's path.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(Path(__file__).resolve().parents[1])
+            mp.spawn(_rank, (world, store, work, args, nccl), nprocs=world)
+
+    return run
+
+
+def _rank(rank: int, world: int, store: Path, work: Callable[..., None], args: tuple[Any, ...], nccl: bool) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if nccl else torch.device("cpu")
+    if nccl:
+        torch.cuda.set_device(device)
+    join(device, (rank, world, str(store)), seconds=300)
+    try:
+        work(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ def test_a_job_leaves_its_configuration_events_video_and_contact_sheet(
     ]
     assert jobs.load(job.folder).config == job.config
     events = list(job.events())
+    assert (events[0]["mesh"], events[0]["world_size"]) == ("cfg=1,ring=1,ulysses=1", 1)
     steps = [e for e in events if e["event"] == "step"]
     assert [(e["step"], e["steps"]) for e in steps] == [(i, 4) for i in (1, 2, 3, 4)]
     assert all(e["seconds"] > 0 and 0 < e["density"] <= 1 and e["sparse_calls"] == 4 for e in steps)
@@ -103,6 +104,28 @@ def test_a_place_that_cannot_be_written_is_refused(tiny_config: Callable[..., Co
         (tmp_path / "shut").mkdir(mode=0o500)
         with pytest.raises(ValueError, match="can't be written"):
             jobs.check_out(tmp_path / "shut" / "job")
+
+
+def test_of_what_stops_a_run_the_first_is_logged(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    job = jobs.create(tmp_path / "job", tiny_config())
+    job.log("step", step=3)
+    job.log("start", state="running")
+    assert job.step == 0
+    job.log("step", step=2)
+    assert job.stop("failed", step=job.step, rank=1)
+    assert not job.stop("failed", step=job.step, rank=0)
+    assert not job.stop("done")
+    assert [(e["state"], e["step"], e["rank"]) for e in job.events() if e["event"] == "stop"] == [("failed", 2, 1)]
+    job.log("start", state="running")
+    assert job.stop("done")
+    assert job.state == "done"
+
+
+def test_the_beginnings_of_files_are_swept(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    job = jobs.create(tmp_path / "job", tiny_config())
+    (job.folder / ".video.part.mp4").touch()
+    job.sweep()
+    assert [path.name for path in job.folder.iterdir()] == ["job.toml"]
 
 
 def test_a_last_line_cut_short_is_passed_over(tiny_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ def test_a_branch_that_comes_back_in_one_step_is_a_new_job(session: Session) -> 
     assert run(session, (0, "cond"), (0, "uncond"), (0, "cond"), (0, "uncond")) == [False, True, False, True]
 
 
+def test_a_rank_of_one_branch_keeps_its_memory_and_begins_new_jobs(session: Session) -> None:
+    passes = [(0, "uncond"), (1, "uncond"), (2, "uncond"), (0, "uncond"), (0, "uncond"), (1, "uncond")]
+    assert run(session, *passes) == [False, True, True, False, False, True]
+
+
 def test_counts_outlive_the_job_until_the_next_begins(session: Session) -> None:
     run(session, (0, "cond"), (1, "cond"))
     session.finish()
