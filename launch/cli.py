@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from semvid.launch import env
+from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
+from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
@@ -43,7 +45,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C."""
-    env.prepare()
     return env.exit_code("semvid", lambda: _command(argv))
 
 
@@ -56,6 +57,8 @@ def _command(argv: Sequence[str] | None) -> int:
     if command is None:
         chosen.print_help()
         return 2
+    # Before anything imports torch.
+    env.prepare(max(1, getattr(args, "gpus", 1)))
     return command(args)
 
 
@@ -69,6 +72,7 @@ def _parser() -> Parser:
     _add_job_options(run)
     preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
     run.add_argument("--preset", metavar="NAME", help=preset)
+    _add_mesh(run)
     run.set_defaults(run=_run, parser=run)
     compare = commands.add_parser(
         "compare",
@@ -101,7 +105,10 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     about = "Measure this machine."
     bench = commands.add_parser("bench", help="measure this machine", description=about, allow_abbrev=False)
     bench.set_defaults(run=None, parser=bench)
-    kernels = bench.add_subparsers(metavar="WHAT", parser_class=Parser).add_parser(
+    what = bench.add_subparsers(metavar="WHAT", parser_class=Parser)
+    bench_commands.add_layer(what.add_parser)
+    _add_bench_plan(what)
+    kernels = what.add_parser(
         "kernels",
         help="each op and the whole attention call, checked, then timed, beside the peers that are installed",
         description="Check each op of the attention call, then time it, beside the peers that are installed.",
@@ -128,6 +135,27 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     text = f"where bench.json and the plots go (default: a new folder in {jobs.DEFAULT_ROOT}/)"
     add("--out", metavar="DIR", type=Path, help=text)
     add("--json", action="store_true", help="print one JSON object on stdout; the table goes to stderr")
+
+
+def _add_bench_plan(what: "argparse._SubParsersAction[Parser]") -> None:
+    """Adds `bench plan`."""
+    plan = what.add_parser(
+        "plan",
+        help="how evenly, and with how many bytes, the planner shares recorded layers between GPUs; needs no GPU",
+        description="Plan recorded layers for several numbers of GPUs: balance, bytes, time. The last line is JSON.",
+        allow_abbrev=False,
+    )
+    plan.set_defaults(run=_bench_plan, parser=plan)
+    add, default = plan.add_argument, bench_options.PlanOptions()
+    text = "JSON of densities by head (default: those that semvid carries)"
+    add("--traces", type=Path, metavar="FILE", default=default.traces, help=text)
+    sizes = ",".join(map(str, default.world_sizes))
+    add("--world-sizes", nargs="+", metavar="N", default=[sizes], help=f"numbers of GPUs (default: {sizes})")
+    text = "of each head, uneven (default: %(default)s)"
+    add("--query-clusters", type=int, metavar="N", default=default.query_clusters, help=text)
+    text = "token pairs that a head, or a part of one, counts for beside its own (default: %(default)s)"
+    add("--piece-cost", type=int, metavar="N", default=default.piece_cost, help=text)
+    add("--json", action="store_true", help="print only the JSON list on stdout; the table goes to stderr")
 
 
 def _presets() -> str:
@@ -157,6 +185,17 @@ def _add_job_options(parser: Parser) -> None:
     )
     add("--out", metavar="DIR", type=Path, help=f"the job folder (default: a new one in {jobs.DEFAULT_ROOT}/)")
     add("--json", action="store_true", help="print one JSON object on stdout; the summary goes to stderr")
+
+
+def _add_mesh(parser: Parser) -> None:
+    text = (
+        "processes of this machine that share the job, a GPU each; with --device cpu the cores (default: %(default)s)"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", default=1, help=text)
+    text = (
+        "how they share it, such as cfg=2,ring=1,ulysses=2: branches of guidance, then the sequence (default: chosen)"
+    )
+    parser.add_argument("--mesh", metavar="AXES", help=text)
 
 
 def _choices(cls: type, field: str) -> tuple[str, ...]:
@@ -196,16 +235,40 @@ def _check_device(config: Config) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = _config(args, args.preset)
+    mesh = _mesh(args, config)
     job = jobs.create(args.out or jobs.default_folder(config.video.prompt), config)
     from semvid.launch import worker
 
-    job, result = worker.run(job.folder)
-    from semvid.launch.report import as_json, say, summary
+    if mesh.world_size == 1:
+        return worker.report(job.folder, args.json)
+    from semvid.launch import processes
 
-    say(summary(job, result), sys.stderr if args.json else sys.stdout)
-    if args.json:
-        print(json.dumps(as_json(job, result, env.surroundings(result.device)), allow_nan=False))
-    return 0
+    return processes.run(job, mesh.world_size, worker.take_part, job.folder, str(mesh), args.json)
+
+
+def _mesh(args: argparse.Namespace, config: Config) -> Mesh:
+    """Returns the mesh of --gpus and --mesh; raises ValueError if this machine can't realise it."""
+    from semvid.launch.worker import resolve_mesh
+
+    _check_gpus(args.gpus, config.model.device)
+    return resolve_mesh(args.mesh, args.gpus, guided=config.video.guidance > 1)
+
+
+def _check_gpus(gpus: int, device: str) -> None:
+    """Raises ValueError if there are fewer than `gpus` GPUs. Any number of processes shares a CPU."""
+    if gpus < 1:
+        raise ValueError(f"--gpus is {gpus}; accepted: 1 or more")
+    if gpus == 1 or device == "cpu":
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        cpu = "--gpus 1, or --device cpu for as many processes"
+        raise ValueError(f"--gpus is {gpus}, but there is no usable NVIDIA GPU; accepted: {cpu}")
+    if gpus > found:
+        there, accepted = ("is 1 GPU", "1") if found == 1 else (f"are {found} GPUs", f"1 .. {found}")
+        raise ValueError(f"--gpus is {gpus}, but there {there}; accepted: {accepted}")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -245,6 +308,21 @@ def _bench_kernels(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report, allow_nan=False))
     return 1 if report["failed"] else 0
+
+
+def _bench_plan(args: argparse.Namespace) -> int:
+    options = bench_options.PlanOptions(
+        traces=args.traces,
+        world_sizes=bench_options.world_sizes(args.world_sizes),
+        query_clusters=args.query_clusters,
+        piece_cost=args.piece_cost,
+    )
+    from semvid.launch.bench import plan
+
+    report, lines = plan.run(options)
+    print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)
+    print(json.dumps(report["plans"], allow_nan=False))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

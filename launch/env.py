@@ -1,6 +1,7 @@
-"""The process's surroundings: cores, thread settings, quiet libraries, and what a result must name."""
+"""The process's surroundings: cores, thread settings, its seat among others, and what a result must name."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -8,21 +9,69 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 PACKAGES = ("semvid", "torch", "triton", "diffusers", "transformers", "av")
+INTERRUPTED = "interrupted; the job folder says how far it came"
 
 
-def prepare() -> None:
+class Seat(NamedTuple):
+    """This process among those that torchrun started."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Among those of this machine: which GPU it takes."""
+
+
+def seat() -> Seat:
+    """Returns this process's seat by torchrun's variables; without them it is alone.
+
+    Raises:
+        ValueError: some of them are set and some are not, or one is no number.
+    """
+    if "RANK" not in os.environ:
+        return Seat()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
+            raise ValueError(f"{name} is {value!r} where RANK is set; accepted: what torchrun sets, or no RANK")
+    return Seat(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def take_seat(place: Seat, port: int) -> None:
+    """Sets torchrun's variables for a process of this machine, so that `seat` and torch find them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    os.environ.update({name: str(value) for name, value in zip(names, place, strict=True)})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def hush() -> None:
+    """Turns warnings off: of several ranks one is heard."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process at once. Python's own way out can wait for ranks that are in the middle of a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def prepare(processes: int = 1) -> None:
     """Sets what must be set before torch is imported; what the user has set stays.
 
     A waiting thread spins for some microseconds and then sleeps. Spinning on, GNU OpenMP's way, takes the cores away
     from whoever shares them and costs several times the run; sleeping at once costs twice as much on idle cores. As
     many threads are used as the process may have cores, also in a container with a quota.
+
+    Args:
+        processes: how many will share the cores.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     # Checkpoints are local folders: nothing is looked up on a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -37,14 +86,23 @@ def exit_code(program: str, work: Callable[[], int]) -> int:
     """
     try:
         return work()
-    except ValueError as error:
-        message, code = " ".join(str(error).split()), 2
-    except (OSError, MemoryError, RuntimeError) as error:
-        message, code = failure(error), 1
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message, code = explain(error)
     except KeyboardInterrupt:
-        message, code = "interrupted; the job folder says how far it came", 130
+        message, code = INTERRUPTED, 130
     print(f"{program}: {message}", file=sys.stderr)
     return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Returns what to tell a person of an error, and the exit code: 2 for bad input, 1 for what is the machine's.
+
+    Raises:
+        Exception: `error` itself, if it is a defect.
+    """
+    if isinstance(error, ValueError):
+        return " ".join(str(error).split()), 2
+    return failure(error), 1
 
 
 def failure(error: Exception) -> str:

@@ -51,8 +51,11 @@ def summary(job: Job, result: Result) -> list[str]:
         f"density   {density_text(result.density)}",
         f"kernels   {', '.join(f'{kind}: {name}' for kind, name in result.kernels.items())}",
     ]
+    if result.mesh.world_size > 1:
+        lines.append(f"mesh      {result.mesh}: {result.mesh.world_size} processes")
     if result.peak_memory_bytes is not None:
-        lines.append(f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB of the GPU at most")
+        which = "the GPU" if result.mesh.world_size == 1 else "the first GPU"
+        lines.append(f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB of {which} at most")
     return [*lines, f"frames    sha256 {result.frames_sha256}"]
 
 
@@ -81,6 +84,8 @@ def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str,
         "density_all_calls": density.overall,
         "all_calls": density.calls,
         "kernels": result.kernels,
+        "mesh": str(result.mesh),
+        "gpus": result.mesh.world_size,
         "encoder": result.encoder,
         "peak_memory_bytes": result.peak_memory_bytes,
         "frames_sha256": result.frames_sha256,

@@ -1,50 +1,210 @@
-"""One rank of one job: `python -m semvid.launch.worker --job DIR` runs the job.toml of a folder."""
+"""One rank of one job, alone or by torchrun: `python -m semvid.launch.worker --job DIR` runs a folder's job.toml."""
 
+import json
 import sys
-from argparse import ArgumentParser
+import time
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semvid.launch import env
+from semvid.parallel import mesh as meshes
+from semvid.parallel.mesh import Mesh
+from semvid.runtime import job as jobs
+from semvid.runtime.job import Job
+
+if TYPE_CHECKING:
+    import torch
+
+    from semvid.parallel.ranks import Ranks
+
+PROGRAM = "semvid.launch.worker"
+SETTLE_S = 1.0
 
 
-def run(folder: Path, label: str = "", pipeline: Any = None) -> tuple[Any, Any]:
+def run(folder: Path, label: str = "", pipeline: Any = None, ranks: "Ranks | None" = None) -> tuple[Job, Any]:
     """Runs the job of a folder with a progress bar on stderr and returns (Job, Result).
+
+    On a rank other than 0 there is no bar, and None for the result.
 
     Args:
         folder: holds job.toml.
         label: stands before the bar.
         pipeline: the loaded checkpoint, if there is one already.
+        ranks: this process among those of the job; alone if absent.
 
     Raises:
         ValueError: no job there, or its configuration does not fit the checkpoint.
     """
     env.prepare()
     from semvid.launch.report import Bar
-    from semvid.runtime import job as jobs
     from semvid.runtime import models
     from semvid.runtime.generate import generate
 
     models.quiet()
     job = jobs.load(folder)
+    if ranks is not None and ranks.rank > 0:
+        return job, generate(job, pipeline=pipeline, ranks=ranks)
     with Bar(label) as bar:
-        return job, generate(job, bar, pipeline)
+        return job, generate(job, bar, pipeline, ranks)
+
+
+def report(folder: Path, as_json: bool, ranks: "Ranks | None" = None) -> int:
+    """Runs the job of a folder, prints the summary and with `as_json` one JSON object on rank 0, and returns 0.
+
+    Raises:
+        ValueError: as `run`.
+    """
+    job, result = run(folder, ranks=ranks)
+    if result is None:
+        return 0
+    from semvid.launch import report as reports
+
+    reports.say(reports.summary(job, result), sys.stderr if as_json else sys.stdout)
+    if as_json:
+        found = reports.as_json(job, result, env.surroundings(result.device))
+        reports.say([json.dumps(found, allow_nan=False)], sys.stdout)
+    return 0
+
+
+def take_part(folder: Path, mesh: str | None, as_json: bool) -> int:
+    """Runs the job of a folder as the rank that torchrun's variables name, and returns 0.
+
+    Args:
+        folder: holds job.toml.
+        mesh: degrees of the axes; None: those that serve so many ranks best.
+        as_json: print one JSON object on stdout; the summary goes to stderr.
+
+    Raises:
+        ValueError: the mesh is not one of as many ranks as there are, or as `run`.
+    """
+    place, job = env.seat(), jobs.load(folder)
+    guided = job.config.video.guidance > 1
+    if place.world_size == 1:
+        resolve_mesh(mesh, 1, guided=guided)
+        return report(folder, as_json)
+    if place.rank == 0:
+        job.log("join", state="queued", world_size=place.world_size)
+    else:
+        env.hush()
+    env.prepare()
+    from semvid.parallel import ranks
+
+    device = _own_device(job.config.model.device, place.local_rank)
+    ranks.join(device)
+    chosen = resolve_mesh(mesh, place.world_size, guided=guided, hosts=ranks.hosts())
+    code = report(folder, as_json, ranks.connect(chosen))
+    # Not after an error: the others may be in the middle of a collective, and leaving can wait for them.
+    ranks.leave()
+    return code
+
+
+def resolve_mesh(text: str | None, world_size: int, *, guided: bool, hosts: Sequence[str] = ()) -> Mesh:
+    """Returns the mesh of `text`, or the one that serves `world_size` ranks best if there is none.
+
+    Raises:
+        ValueError: it can't be realised; the message has the numbers.
+    """
+    if text is None:
+        return meshes.choose(world_size, guided=guided, hosts=hosts)
+    mesh = meshes.parse(text, world_size)
+    meshes.check(mesh, world_size, guided=guided, hosts=hosts)
+    return mesh
+
+
+def guarded(program: str, job: Job, rank: int, work: Callable[[], int]) -> int:
+    """Returns what `work` returns, or the exit code of what stopped this rank: 2 (bad input), 1, or 130 (Ctrl-C).
+
+    The first rank that fails says why, on stderr and in the job's events. The others' errors follow from the first,
+    and they stay silent.
+
+    Args:
+        program: what stands before the line.
+        job: whose events say how it ended.
+        rank: this one.
+        work: what this rank does.
+    """
+    try:
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must end too
+            return _fail(f"{program}: rank {rank}", job, rank, error)
+    except KeyboardInterrupt:
+        if job.stop("cancelled", step=job.step):
+            print(f"{program}: {env.INTERRUPTED}", file=sys.stderr)
+        return 130
+
+
+def end_bar(running: bool) -> None:
+    """Ends the line of another process's progress bar, if the job was running, so that a message stands alone."""
+    if running:
+        print(file=sys.stderr)
+
+
+def _fail(program: str, job: Job, rank: int, error: Exception) -> int:
+    """Says and logs what stopped this rank, if no other was first, and returns the exit code."""
+    # Where this error only follows from the death of another rank, who started the ranks ends this one meanwhile.
+    time.sleep(SETTLE_S)
+    running, name = job.state == "running", type(error).__name__
+    try:
+        first = job.stop("failed", step=job.step, rank=rank, reason=f"{name}: {error}")
+    except OSError:
+        # A full disk, perhaps the error itself.
+        first = True
+    if not first:
+        # Another rank has the word, and all are ended once one exits: it shall be that one.
+        time.sleep(SETTLE_S)
+        return 1
+    # Rank 0 has ended its own.
+    end_bar(running and rank > 0)
+    try:
+        message, code = env.explain(error)
+    except Exception:  # noqa: BLE001 - a defect: its traceback too
+        traceback.print_exception(error)
+        message, code = " ".join(str(error).split()), 1
+    print(f"{program}: {name}: {message}", file=sys.stderr)
+    return code
+
+
+def _own_device(name: str, local_rank: int) -> "torch.device":
+    """Returns this rank's device; on a machine with GPUs "cuda" means this one from here on.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks.
+    """
+    import torch
+
+    from semvid.runtime.session import resolve_device
+
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    if local_rank >= torch.cuda.device_count():
+        num = torch.cuda.device_count()
+        raise ValueError(f"LOCAL_RANK is {local_rank}, but the GPUs here are 0 .. {num - 1}; accepted: a rank a GPU")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def main() -> int:
     """Runs as a program; returns the exit code."""
-    parser = ArgumentParser("semvid.launch.worker", description="Run the job.toml of a job folder.", allow_abbrev=False)
-    parser.add_argument("--job", type=Path, required=True, metavar="DIR", help="the job folder")
-    folder = parser.parse_args().job
-    return env.exit_code("semvid.launch.worker", lambda: _report(folder))
+    parser = ArgumentParser(PROGRAM, description="Run the job.toml of a job folder.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--job", type=Path, required=True, metavar="DIR", help="the job folder")
+    add("--mesh", metavar="AXES", help="by torchrun: cfg=2,ring=1,ulysses=2 (default: what serves the ranks best)")
+    add("--json", action="store_true", help="print one JSON object on stdout; the summary goes to stderr")
+    args = parser.parse_args()
+    return env.exit_code(PROGRAM, lambda: _main(args))
 
 
-def _report(folder: Path) -> int:
-    job, result = run(folder)
-    from semvid.launch.report import say, summary
-
-    say(summary(job, result), sys.stdout)
-    return 0
+def _main(args: Namespace) -> int:
+    place = env.seat()
+    if place.world_size == 1:
+        return take_part(args.job, args.mesh, args.json)
+    work = guarded(PROGRAM, jobs.load(args.job), place.rank, lambda: take_part(args.job, args.mesh, args.json))
+    return work if work == 0 else env.end(work)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What `semvid bench kernels` can be asked: shapes, peers and options, checked before any work. Needs no torch."""
+"""What `semvid bench` can be asked: shapes, peers and options, checked before any work. Needs no torch."""
 
 import dataclasses
 import difflib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from semvid.runtime.config import AttentionConfig, cluster_counts, resolve
+from semvid.runtime.config import CONFIGS, AttentionConfig, cluster_counts, resolve
 
 LEAST_DENSITY = 0.02
+MOST_RANKS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,8 @@ SHAPES = {
         Shape(name="wan1.3b-720p", model="Wan2.1-T2V-1.3B", heads=12, head_dim=128, tokens=75_600),
         Shape(name="wan14b-480p", model="Wan2.1-T2V-14B", heads=40, head_dim=128, tokens=32_760),
         Shape(name="wan14b-720p", model="Wan2.1-T2V-14B", heads=40, head_dim=128, tokens=75_600),
+        # Long: the case that AsymHP publishes times of, on four GPUs.
+        Shape(name="wan1.3b-long", model="Wan2.1-T2V-1.3B", heads=12, head_dim=128, tokens=188_760),
         Shape(name="hunyuan-720p", model="HunyuanVideo", heads=24, head_dim=128, tokens=118_800),
         Shape(name="toy", model="Wan2.1-T2V-1.3B", heads=2, head_dim=64, tokens=500),
     )
@@ -62,6 +66,7 @@ PEERS = {
         Peer(name="flashinfer-fa3", packages=("flashinfer-python", "einops"), modules=("flashinfer", "einops")),
         Peer(name="flash-kmeans", packages=("flash-kmeans",), modules=("flash_kmeans",)),
         Peer(name="torch-permute", needs_gpu=False),
+        Peer(name="torch-rotary", needs_gpu=False),
         # It compiles a kernel a shape, which takes longer than all the rest.
         Peer(name="flex", in_all=False),
     )
@@ -89,6 +94,49 @@ class Options:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """One `semvid bench plan`."""
+
+    traces: Path = CONFIGS / "traces" / "head_densities.json"
+    """A JSON file {"traces": [...]} of densities by head."""
+    world_sizes: tuple[int, ...] = (2, 3, 4, 5, 8)
+    query_clusters: int = 300
+    """Of each head."""
+    piece_cost: int = 0
+    """Token pairs that a piece counts for beside its own. 0: an H100 gathers the keys and values of a 720p head in 0.04
+    ms and attends in 1.7 ms at density 0.1, longer at any other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerOptions:
+    """One `semvid bench layer`."""
+
+    shapes: tuple[str, ...]
+    gpus: tuple[int, ...] = (1, 2)
+    backend: str = "auto"
+    density: float = 0.3
+    repeats: int = 10
+    warmup: int = 2
+    device: str = "cuda"
+    """cuda or cpu: gloo processes then."""
+    block: bool = True
+    """Whether whole transformer blocks are timed too."""
+    seed: int = 0
+
+
+def check_layer(options: LayerOptions) -> None:
+    """Raises ValueError if an option is outside what is accepted, naming it."""
+    same = {name: getattr(options, name) for name in ("shapes", "density", "repeats", "warmup", "seed")}
+    check(Options(**same))
+    for count in options.gpus:
+        if count < 1:
+            raise ValueError(f"--gpus is {count}; accepted: 1 or more")
+    for name in options.shapes:
+        if options.device == "cpu" and name not in CPU_SHAPES:
+            raise ValueError(f"--shape is {name!r}, which takes GPUs; accepted on a CPU: {', '.join(CPU_SHAPES)}")
+
+
 def check(options: Options) -> None:
     """Raises ValueError if an option is outside what is accepted, naming it."""
     for name in options.shapes:
@@ -107,6 +155,27 @@ def check(options: Options) -> None:
         raise ValueError(f"--warmup is {options.warmup}; accepted: 0 or more")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed is {options.seed}; accepted: 0 .. 2^63 - 1")
+
+
+def check_plan(options: PlanOptions) -> None:
+    """Raises ValueError if an option of `semvid bench plan` is outside what is accepted, naming it."""
+    if options.query_clusters < 1:
+        raise ValueError(f"--query-clusters is {options.query_clusters}; accepted: 1 or more")
+    if not 0 <= options.piece_cost <= 10**15:
+        raise ValueError(f"--piece-cost is {options.piece_cost}; accepted: 0 .. 10^15")
+
+
+def world_sizes(values: Sequence[str]) -> tuple[int, ...]:
+    """Returns the numbers of ranks in command-line words, each once.
+
+    Raises:
+        ValueError: there is none, or one is no whole number or out of range.
+    """
+    found = words(values)
+    for word in found or ("",):
+        if not word.isdecimal() or not 1 <= int(word) <= MOST_RANKS:
+            raise ValueError(f"--world-sizes is {word!r}; accepted: whole numbers 1 .. {MOST_RANKS}, such as 2,4,8")
+    return tuple(dict.fromkeys(int(word) for word in found))
 
 
 def shapes_on(options: Options, device: str) -> list[Shape]:

@@ -22,6 +22,30 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (env.os.environ["OMP_NUM_THREADS"], env.os.environ["GOMP_SPINCOUNT"]) == ("7", "20000")
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(1, "8"), (3, "2"), (16, "1")])
+def test_processes_share_the_cores(processes: int, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(env, "usable_cores", lambda: 8)
+    env.prepare(processes)
+    assert env.os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_a_seat_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    # A cluster may set it for every process.
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert env.seat() == env.Seat(0, 1, 0)
+    env.take_seat(env.Seat(3, 4, 1), 29500)
+    assert env.seat() == env.Seat(3, 4, 1)
+    assert (env.os.environ["MASTER_ADDR"], env.os.environ["MASTER_PORT"]) == ("127.0.0.1", "29500")
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    with pytest.raises(ValueError, match="LOCAL_RANK is 'x' where RANK is set; accepted: what torchrun sets"):
+        env.seat()
+
+
 def test_a_wait_policy_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)

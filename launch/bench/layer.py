@@ -1,0 +1,116 @@
+"""`semvid bench layer`: one attention layer, and the block around it, on 1, 2, 4, … GPUs, phase by phase."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.spawn import start_processes
+
+from semvid.kernels.dispatch import select
+from semvid.launch import env
+from semvid.launch.bench import layer_rank
+from semvid.launch.bench.options import SHAPES, LayerOptions, Shape
+
+RESULT = "layer.json"
+
+
+def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns the report of `semvid bench layer` and its lines for a reader; every world size in processes of its own.
+
+    The JSON file grows: an interrupted run leaves what it had measured.
+
+    Args:
+        options: checked.
+        folder: made if it is not there.
+
+    Raises:
+        ValueError: there are fewer GPUs, or the backend can't run here; before any work.
+    """
+    if options.device == "cuda":
+        _check_gpus(max(options.gpus))
+    select(options.backend, torch.device(options.device))
+    folder.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"bench": "layer", **env.surroundings(options.device), "shapes": []}
+    for name in options.shapes:
+        shape = SHAPES[name]
+        sizes = {"heads": shape.heads, "tokens": shape.tokens, "head_dim": shape.head_dim}
+        found: dict[str, Any] = {"shape": name, **sizes, "worlds": {}}
+        report["shapes"].append(found)
+        for world in options.gpus:
+            print(f"semvid: {name}: {world} ranks", file=sys.stderr, flush=True)
+            found["worlds"][str(world)] = _world(shape, world, options)
+            found["scaling"] = _scaling(found["worlds"])
+            (folder / RESULT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report, [*_lines(report), "", f"results  {folder / RESULT}"]
+
+
+def _check_gpus(most: int) -> None:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if most > found:
+        accepted = f"1 .. {found}" if found else "--device cpu with --shape toy"
+        raise ValueError(f"--gpus is {most}, but there are {found} usable GPUs; accepted: {accepted}")
+
+
+def _world(shape: Shape, world: int, options: LayerOptions) -> dict[str, Any]:
+    """Returns what `world` ranks measured: rank 0's rows, with every rank's phases and bytes beside."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(layer_rank.run, (world, folder, shape, options), nprocs=world, start_method="spawn")
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
+    found: dict[str, Any] = ranks[0]
+    for place, row in enumerate(found["rows"]):
+        mine = [rank["rows"][place] for rank in ranks]
+        row["error"] = max((other["error"] for other in mine if other["error"] is not None), default=None)
+        row["phases_ms_of_ranks"] = [other["phases_ms"] for other in mine]
+        row["sent_bytes_of_ranks"] = [other["sent_bytes"] for other in mine]
+        attend = [other["phases_ms"].get("attend", 0.0) for other in mine]
+        row["attend_imbalance"] = max(attend) * world / sum(attend) if world > 1 and sum(attend) else None
+    return found
+
+
+def _scaling(worlds: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns by world size how many times faster than on one GPU each case is; other placements against "refresh"."""
+    if "1" not in worlds:
+        return {}
+    alone = {row["name"]: row["median_ms"] for row in worlds["1"]["rows"]}
+    return {
+        world: {row["name"]: alone[_basis(row["name"], alone)] / row["median_ms"] for row in found["rows"]}
+        for world, found in worlds.items()
+        if world != "1"
+    }
+
+
+def _basis(name: str, alone: Mapping[str, float]) -> str:
+    """Returns the case on one GPU that `name` is held against."""
+    return name if name in alone else name.split(",")[0]
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"device   {report['device']}, torch {report['versions']['torch']}, commit {report['commit']}"]
+    for shape in report["shapes"]:
+        first = next(iter(shape["worlds"].values()))
+        lines += [
+            "",
+            f"{shape['shape']}: {shape['heads']} heads x {shape['tokens']} tokens x {shape['head_dim']}, "
+            f"{first['query_clusters']} query and {first['key_clusters']} key clusters, "
+            f"density {first['density']:.3f}, backend {first['backend']}",
+        ]
+        for world, found in shape["worlds"].items():
+            for row in found["rows"]:
+                lines += _row_lines(world, row, shape.get("scaling", {}))
+    return lines
+
+
+def _row_lines(world: str, row: Mapping[str, Any], scaling: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
+    text = f"{world} x  {row['name']:<24} {row['median_ms']:8.2f} ms ({row['ms_20']:.2f} - {row['ms_80']:.2f})"
+    if world in scaling:
+        text += f", {scaling[world][row['name']]:.2f} x one GPU"
+    if row["attend_imbalance"] is not None:
+        text += f", attend max/mean {row['attend_imbalance']:.3f}"
+    if row["planned_imbalance"] is not None:
+        text += f" (planned {row['planned_imbalance']:.3f})"
+    phases = ", ".join(f"{name} {ms:.2f}" for name, ms in row["phases_ms"].items())
+    return [text, f"        {phases}"] if phases else [text]
