@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semvid.kernels.layout import Plan, Tail, check_attention, check_index
+from semvid.kernels.layout import Plan, Tail, check_attention, check_index, result_like
 from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits, count_up_to, most_rows, plan
 
 __all__ = ["attention", "plan"]
@@ -67,6 +67,7 @@ def attention(
     q_order: Tensor | None = None,
     tail: Tail | None = None,
     scale: float | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns softmax(scale·q·kᵀ)·v over the selected blocks, in q's dtype, and the natural-log lse, fp32 [H, Nq].
 
@@ -84,6 +85,7 @@ def attention(
         tail: what stands in for key clusters that are not selected, in the same softmax. Its means are rounded to
             q's dtype.
         scale: factor of the scores, positive; 1/√D if absent.
+        out: where the result goes, contiguous and like q; new memory if absent.
 
     Raises:
         ValueError: a shape or dtype does not fit, the plan is another backend's, k has more rows than a plan of so
@@ -94,7 +96,7 @@ def attention(
     _check(q, Nk, plan, q_order, tail, scale)
     lists = Lists(*plan.lists)
     Cq, Ck, R = plan.q_offsets.shape[1] - 1, plan.k_offsets.shape[1] - 1, lists.runs.shape[2]
-    out = torch.empty(H, Nq, D, dtype=q.dtype, device=q.device)
+    out = result_like(q, out)
     lse = torch.empty(H, Nq, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from semvid.kernels.layout import check_rows
+from semvid.kernels.layout import check_rows, result_like
 
 # The first that takes the input: cuDNN is PyTorch's fastest on Hopper.
 _ORDER = [
@@ -57,7 +57,9 @@ def dense_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out[0], lse.reshape(H, -1)[:, :Nq].float()
 
 
-def dense_pieces(q: Tensor, k: Tensor, v: Tensor, rows: list[int], *, with_lse: bool) -> tuple[Tensor, Tensor]:
+def dense_pieces(
+    q: Tensor, k: Tensor, v: Tensor, rows: list[int], *, with_lse: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns `dense` for pieces of heads that use only their first rows of q: (out, lse); what is unused: undefined.
 
     Args:
@@ -66,8 +68,9 @@ def dense_pieces(q: Tensor, k: Tensor, v: Tensor, rows: list[int], *, with_lse: 
         v: values.
         rows: how many rows each piece uses.
         with_lse: whether lse is wanted; else it is undefined.
+        out: where the result goes, contiguous and like q; new memory if absent.
     """
-    out = torch.empty_like(q)
+    out = result_like(q, out)
     lse = torch.empty(q.shape[:2], device=q.device)
     first = 0
     while first < len(rows):

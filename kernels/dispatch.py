@@ -37,6 +37,7 @@ class Ops(NamedTuple):
     group: Callable[[Tensor, int], Permutation]
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     scatter_rows: Callable[..., Tensor]
+    copy_rows: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     top_p_map: Callable[[Tensor, Tensor, Tensor, float, float], BlockMap]
     density: Callable[[BlockMap, Tensor, Tensor], Tensor]
     plan: Callable[[Tensor, Tensor, BlockMap], Plan]

@@ -110,6 +110,19 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[int, i
     return H, Nq, Nk, D
 
 
+def result_like(q: Tensor, out: Tensor | None) -> Tensor:
+    """Returns `out`, or new contiguous memory of q's shape and dtype if it is None.
+
+    Raises:
+        ValueError: `out` is not contiguous or differs from q.
+    """
+    if out is None:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {q.dtype} {list(q.shape)}, not {out.dtype} {list(out.shape)}")
+    return out
+
+
 def check_rotary(x: Tensor, weight: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> tuple[int, int, int]:
     """Returns (B, N, D) of the inputs of `norm_rotary`.
 

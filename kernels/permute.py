@@ -75,6 +75,32 @@ def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     return out
 
 
+def copy_rows(x: Tensor, source: Tensor, out: Tensor, target: Tensor) -> None:
+    """Copies rows of x to places in out: out[h, target[h, i]] = x[h, source[h, i]]; what else out holds stays.
+
+    Args:
+        x: [H, N, D], any floating dtype; heads and tokens may be strided.
+        source: int32 [H, n].
+        out: contiguous [H, M, D], of x's dtype; it may lie in another GPU's memory, and so may x.
+        target: int32 [H, n], different places.
+    """
+    H, _, D = check_rows("x", x)
+    n = source.shape[-1]
+    check_index("source", source, (H, n))
+    check_index("target", target, (H, n))
+    if out.dtype != x.dtype or out.shape[::2] != (H, D) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {x.dtype} [{H}, M, {D}], not {out.dtype} {list(out.shape)}")
+    if source.numel() == 0 or D == 0:
+        return
+    x = with_packed_rows(x)
+    block_d = triton.next_power_of_2(D)
+    rows = max(1, min(1024, BYTES_MOVED // (block_d * x.element_size())))
+    _copy_rows[(triton.cdiv(n, rows), H)](
+        x, source, out, target, n, out.shape[1], source.stride(0), target.stride(0), *x.stride()[:2],
+        D=D, BLOCK_D=block_d, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+
+
 def with_packed_rows(x: Tensor) -> Tensor:
     """Returns x [H, N, D] itself if the elements of a row are neighbours in memory, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -185,6 +211,22 @@ def _move_rows(
     d = tl.arange(0, BLOCK_D)
     other = tl.load(order_ptr + h * n + i, mask=i < n, other=0).to(tl.int64)
     source, target = (i.to(tl.int64), other) if SCATTER else (other, i.to(tl.int64))
+    inside = (i < n)[:, None] & (d < D)[None, :]
+    row = tl.load(x_ptr + h * x_stride_h + source[:, None] * x_stride_n + d[None, :], mask=inside)
+    tl.store(out_ptr + (h * out_rows + target[:, None]) * D + d[None, :], row, mask=inside)
+
+
+@triton.jit
+def _copy_rows(
+    x_ptr, source_ptr, out_ptr, target_ptr, n, out_rows, source_step, target_step, x_stride_h, x_stride_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out[target[i]] = x[source[i]]."""
+    h = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    source = tl.load(source_ptr + h * source_step + i, mask=i < n, other=0).to(tl.int64)
+    target = tl.load(target_ptr + h * target_step + i, mask=i < n, other=0).to(tl.int64)
     inside = (i < n)[:, None] & (d < D)[None, :]
     row = tl.load(x_ptr + h * x_stride_h + source[:, None] * x_stride_n + d[None, :], mask=inside)
     tl.store(out_ptr + (h * out_rows + target[:, None]) * D + d[None, :], row, mask=inside)

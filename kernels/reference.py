@@ -18,6 +18,7 @@ from semvid.kernels.layout import (
     check_plan,
     check_rotary,
     check_rows,
+    result_like,
 )
 
 # Scores of this many (row, column) pairs are held at once: what stays in a CPU's cache, and 256 MB on a GPU.
@@ -121,6 +122,20 @@ def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     return out.scatter_(1, order.long()[..., None].expand_as(x), x)
 
 
+def copy_rows(x: Tensor, source: Tensor, out: Tensor, target: Tensor) -> None:
+    """Copies rows of x to places in out: out[h, target[h, i]] = x[h, source[h, i]]; what else out holds stays.
+
+    Args:
+        x: [H, N, D].
+        source: int32 [H, n].
+        out: [H, M, D], of x's dtype.
+        target: int32 [H, n], different places.
+    """
+    check_rows("x", x)
+    check_index("target", target, tuple(source.shape))
+    out.scatter_(1, target.long()[..., None].expand(-1, -1, x.shape[2]), gather_rows(x, source))
+
+
 def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: float, floor: float) -> BlockMap:
     """Returns the key clusters each query cluster computes: the fewest whose estimated attention mass reaches p.
 
@@ -188,6 +203,7 @@ def attention(
     q_order: Tensor | None = None,
     tail: Tail | None = None,
     scale: float | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns softmax(scale·q·kᵀ)·v over the selected blocks, in q's dtype, and the natural-log lse, fp32 [H, Nq].
 
@@ -202,17 +218,18 @@ def attention(
         q_order: int32 [H, Nq]: with it q is read, and out and lse are returned, in token order.
         tail: what stands in for key clusters that are not selected, in the same softmax.
         scale: factor of the scores; 1/√D if absent.
+        out: where the result goes, contiguous and like q; new memory if absent.
     """
     H, Nq, Nk, D = check_attention(q, k, v, plan)
+    result = result_like(q, out)
     if q_order is not None:
         grouped, lse = attention(gather_rows(q, q_order), k, v, plan, tail=tail, scale=scale)
-        return scatter_rows(grouped, q_order), scatter_rows(lse[..., None], q_order)[..., 0]
+        return result.copy_(scatter_rows(grouped, q_order)), scatter_rows(lse[..., None], q_order)[..., 0]
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    out = torch.empty(H, Nq, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(H, Nq, dtype=torch.float32, device=q.device)
     columns = Nk + (0 if tail is None else tail.log_n.shape[1])
     if columns == 0:
-        return torch.zeros_like(q), lse.fill_(-math.inf)
+        return result.zero_(), lse.fill_(-math.inf)
     rows = max(1, _pairs_at_once(q.device) // max(1, columns))
     for h in range(H):
         q_cluster, k_cluster = _cluster_of_row(plan.q_offsets[h], Nq), _cluster_of_row(plan.k_offsets[h], Nk)
@@ -234,8 +251,8 @@ def attention(
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             lse[h, part] = (top + total.log())[:, 0]
-            out[h, part] = (weights @ values).div_(total.clamp_(min=torch.finfo(torch.float32).tiny))
-    return out.to(q.dtype), lse
+            result[h, part] = (weights @ values).div_(total.clamp_(min=torch.finfo(torch.float32).tiny))
+    return result, lse
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,30 +308,32 @@ def source_rows(order: Tensor, spans: Tensor, total: int, *steps: tuple[int, int
 
 
 def target_rows(
-    counts: Tensor, pieces: Tensor, begins: Tensor, rows: int, total: int, most: int
+    counts: Tensor, pieces: Tensor, begins: Tensor, first_source: int, total: int, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns where arriving rows belong, int32 [1, total], and the runs of each piece's clusters, int32 [G, C + 1].
+    """Returns where rows of pieces belong, int32 [1, total], and the runs of each piece's clusters, int32 [G, C + 1].
 
-    Rows come source by source, piece by piece, cluster by cluster; they lie piece by piece, `rows` rows each, cluster
-    by cluster, in a cluster source by source.
+    Rows are listed source by source, piece by piece, cluster by cluster; they belong piece by piece, cluster by
+    cluster, in a cluster source by source.
 
     Args:
-        counts: int32 [S, H, C], each source's tokens in each cluster.
-        pieces: int64 [G, 3]: head, first row and one after the last, counted through the head's clusters over all
-            sources.
-        begins: int64 [S, G]: where a source's rows of a piece begin among those that arrive.
-        rows: of a piece in the joined tensor.
-        total: rows that arrive.
-        most: rows that arrive from one source for one piece, at most.
+        counts: int32 [U, H, C], each source's tokens in each cluster.
+        pieces: int64 [G, 4]: head, first row and one after the last, counted through the head's clusters over all
+            sources, and the place of the first.
+        begins: int64 [S, G]: where the rows of a source and piece begin in the list. S sources are listed.
+        first_source: the first of those that are listed.
+        total: rows listed.
+        most: rows of one source and piece, at most.
     """
-    head, first, last = pieces.unbind(1)
+    head, first, last, base = pieces.unbind(1)
     counts, first, last = counts[:, head].long(), first[:, None], last[:, None]
     in_cluster = counts.sum(0)
     ends = in_cluster.cumsum(-1)
     begin = ends - in_cluster + counts.cumsum(0) - counts
-    start, end = begin.clamp(first, last), (begin + counts).clamp(first, last)
-    base = torch.arange(len(pieces), device=counts.device)[:, None] * rows - first
-    targets = _counted((start + base).flatten(), (end - start).flatten(), total)
+    listed = slice(first_source, first_source + len(begins))
+    start, end = begin[listed].clamp(first, last), (begin + counts)[listed].clamp(first, last)
+    # Where nothing is wanted of the list its runs are not counted.
+    lengths = (end - start).flatten() if total else end.new_zeros(start.numel())
+    targets = _counted((start + base[:, None] - first).flatten(), lengths, total)
     offsets = torch.nn.functional.pad(ends.clamp(first, last) - first, (1, 0))
     return targets.to(torch.int32)[None], offsets.to(torch.int32)
 

@@ -32,23 +32,23 @@ def source_rows(order: Tensor, spans: Tensor, total: int, *steps: tuple[int, int
 
 
 def target_rows(
-    counts: Tensor, pieces: Tensor, begins: Tensor, rows: int, total: int, most: int
+    counts: Tensor, pieces: Tensor, begins: Tensor, first_source: int, total: int, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns where arriving rows belong, int32 [1, total], and the runs of each piece's clusters, int32 [G, C + 1].
+    """Returns where rows of pieces belong, int32 [1, total], and the runs of each piece's clusters, int32 [G, C + 1].
 
-    Rows come source by source, piece by piece, cluster by cluster; they lie piece by piece, `rows` rows each, cluster
-    by cluster, in a cluster source by source.
+    Rows are listed source by source, piece by piece, cluster by cluster; they belong piece by piece, cluster by
+    cluster, in a cluster source by source.
 
     Args:
-        counts: int32 [S, H, C], each source's tokens in each cluster; sources and heads may be strided.
-        pieces: int64 [G, 3]: head, first row and one after the last, counted through the head's clusters over all
-            sources.
-        begins: int64 [S, G]: where a source's rows of a piece begin among those that arrive.
-        rows: of a piece in the joined tensor.
-        total: rows that arrive.
-        most: rows that arrive from one source for one piece, at most.
+        counts: int32 [U, H, C], each source's tokens in each cluster; sources and heads may be strided.
+        pieces: int64 [G, 4]: head, first row and one after the last, counted through the head's clusters over all
+            sources, and the place of the first.
+        begins: int64 [S, G]: where the rows of a source and piece begin in the list. S sources are listed.
+        first_source: the first of those that are listed.
+        total: rows listed.
+        most: rows of one source and piece, at most.
     """
-    (S, _, C), G, device = counts.shape, len(pieces), counts.device
+    (U, _, C), S, G, device = counts.shape, len(begins), len(pieces), counts.device
     targets = torch.empty(1, total, dtype=torch.int32, device=device)
     offsets = torch.empty(G, C + 1, dtype=torch.int32, device=device)
     if G == 0:
@@ -56,7 +56,9 @@ def target_rows(
     counts = counts if counts.stride(2) == 1 else counts.contiguous()
     ends, shifts = (torch.empty(S, G, C, dtype=torch.int32, device=device) for _ in range(2))
     block = max(16, min(1024, triton.next_power_of_2(C)))
-    _clip_runs[(G, S)](counts, pieces, offsets, ends, shifts, *counts.stride()[:2], G, C, rows, SOURCES=S, BLOCK=block)
+    _clip_runs[(G, S)](
+        counts, pieces, offsets, ends, shifts, *counts.stride()[:2], G, C, first_source, SOURCES=U, BLOCK=block
+    )
     if total > 0:
         _target_rows[(triton.cdiv(most, ROWS), S * G)](ends, shifts, begins, targets, C, C.bit_length(), BLOCK=ROWS)
     return targets, offsets
@@ -95,15 +97,17 @@ def _source_rows(
 
 @triton.jit
 def _clip_runs(
-    counts, pieces, offsets, ends, shifts, source_step, head_step, G, C, rows,
+    counts, pieces, offsets, ends, shifts, source_step, head_step, G, C, first_source,
     SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For one piece and source: its rows through each cluster (`ends`), and what takes their number to their place."""
-    piece, source = tl.program_id(0), tl.program_id(1)
-    head = tl.load(pieces + piece * 3)
-    first, last = tl.load(pieces + piece * 3 + 1).to(tl.int32), tl.load(pieces + piece * 3 + 2).to(tl.int32)
-    counts += head * head_step
-    place = (source * G + piece).to(tl.int64) * C
+    piece, listed = tl.program_id(0), tl.program_id(1)
+    source = first_source + listed
+    pieces += piece * 4
+    first, last = tl.load(pieces + 1).to(tl.int32), tl.load(pieces + 2).to(tl.int32)
+    base = tl.load(pieces + 3).to(tl.int32) - first
+    counts += tl.load(pieces) * head_step
+    place = (listed * G + piece).to(tl.int64) * C
     through = 0
     mine = 0
     for start in range(0, C, BLOCK):
@@ -122,13 +126,13 @@ def _clip_runs(
         length = tl.minimum(tl.maximum(begin + own, first), last) - low
         until = mine + tl.cumsum(length, 0)
         tl.store(ends + place + cluster, until, mask=inside)
-        tl.store(shifts + place + cluster, piece * rows + low - first - (until - length), mask=inside)
-        if source == 0:
+        tl.store(shifts + place + cluster, base + low - (until - length), mask=inside)
+        if listed == 0:
             clipped = tl.minimum(tl.maximum(end, first), last) - first
             tl.store(offsets + piece.to(tl.int64) * (C + 1) + cluster + 1, clipped, mask=inside)
         through += tl.sum(of_all, 0)
         mine += tl.sum(length, 0)
-    if source == 0:
+    if listed == 0:
         tl.store(offsets + piece.to(tl.int64) * (C + 1), 0)
 
 

@@ -12,6 +12,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from semvid.kernels.dispatch import BACKENDS, missing, select
+    from semvid.parallel import xdit
     from semvid.runtime.session import resolve_device
     from semvid.runtime.video import encoder
 
@@ -26,6 +27,7 @@ def examine() -> dict[str, Any]:
         "kernels": kernels,
         "auto": select("auto", device).name,
         "encoder": encoder(),
+        "xfuser": xdit.missing() or "yes",
         "missing": _missing(),
     }
 
@@ -39,6 +41,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     text += [f"kernels   {name}: {state}" for name, state in found["kernels"].items()]
     text.append(f"auto      takes {found['auto']}")
     text.append(f"video     {found['encoder']}")
+    text.append(f"xfuser    {found['xfuser']}")
     return text + [f"missing   {what}: {command}" for what, command in found["missing"].items()]
 
 

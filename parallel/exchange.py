@@ -56,7 +56,8 @@ class Route:
     received: list[int]
     """Rows from each rank."""
     target: Tensor
-    """int32 [1, rows received]: where each arriving row belongs in [pieces · rows]."""
+    """int32 [1, rows received]: where each arriving row belongs in [pieces · rows]. Of a direct exchange int32 [1, rows
+    sent]: where each row sent belongs in its receiver's."""
     pieces: int
     rows: int
     """Rows of a piece in the joined tensor; a piece may use fewer."""
@@ -107,6 +108,10 @@ class Exchange:
     tokens: int
     """Of this rank's shard."""
     num_heads: int
+    room: tuple[int, int]
+    """Rows of the largest joined queries and of the largest joined keys of any rank."""
+    direct: bool
+    """Whether rows are written to where they belong, in the other ranks' memory (`windows`)."""
 
     def rows_sent(self, rank: int) -> int:
         """Returns how many rows rank `rank`, this one, sends to others: q, k and v there, out back."""
@@ -147,6 +152,8 @@ def plan_exchange(
     ranks: Ranks,
     ops: Ops,
     place_work: Placement = balance,
+    *,
+    direct: bool = False,
 ) -> Exchange:
     """Returns the exchange of one layer. One host synchronisation, for the counts; no collective.
 
@@ -157,13 +164,15 @@ def plan_exchange(
         ranks: the mesh and this rank's place on it.
         ops: the backend.
         place_work: cuts the work of a ring row into parts.
+        direct: plan for `windows`; the ring axis must be 1.
     """
+    assert not direct or ranks.mesh.ring == 1, "windows serve one ring row"
     q_counts, keys_computed = _on_host([counts.queries, counts.keys_computed])
     with phase("plan on host", on_host=True):
         plan = draw_up(q_counts, keys_computed, ranks, place_work)
     mesh, place, H = ranks.mesh, ranks.place, counts.queries.shape[1]
     legs = [plan.queries, *plan.keys]
-    tables = _on_device([table for leg in legs for table in (leg.spans, leg.pieces, leg.begins)], counts.queries)
+    tables = _on_device([x for leg in legs for x in (leg.spans, leg.goals, leg.pieces, leg.begins)], counts.queries)
     # Values lie as the model left them, results as the model wants them: tokens first.
     steps = [(layouts[0], Layout(1, H)), *[layouts[1:]] * mesh.ring]
     orders = [permutations[0].order, *[permutations[1].order] * mesh.ring]
@@ -171,22 +180,28 @@ def plan_exchange(
     sides = [counts.queries, *[counts.keys] * mesh.ring]
     made = []
     for i, leg in enumerate(legs):
-        spans, pieces, begins = tables[3 * i : 3 * i + 3]
+        spans, goals, pieces, begins = tables[4 * i : 4 * i + 4]
         sources = ops.source_rows(orders[i], spans, sum(leg.sent), *steps[i])
         of_row = sides[i][rows[i] * mesh.ulysses : (rows[i] + 1) * mesh.ulysses]
-        target, offsets = ops.target_rows(of_row, pieces, begins, leg.rows, sum(leg.received), leg.most)
+        target, offsets = ops.target_rows(of_row, pieces, begins, 0, 0 if direct else sum(leg.received), leg.most)
+        if direct:
+            target, _ = ops.target_rows(
+                of_row, goals, spans[None, :, 0].contiguous(), place.ulysses, sum(leg.sent), leg.most
+            )
         routes = [Route(rows, leg.sent, leg.received, target, len(pieces), leg.rows) for rows in sources]
         made.append((routes, offsets))
     ((queries, home), q_offsets), *hops = made
     return Exchange(
         plan.pieces,
-        tables[1][:, 0],
+        tables[2][:, 0],
         queries,
         q_offsets,
         home.source,
         [Hop(keys, values, offsets) for (keys, values), offsets in hops],
         plan.tokens,
         H,
+        (plan.queries.room, plan.keys[0].room),
+        direct,
     )
 
 

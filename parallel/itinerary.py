@@ -26,14 +26,19 @@ class Leg(NamedTuple):
     spans: Ints
     """int64 [S, 4], what is sent: where the span begins among the rows sent, its head, its first place in the order of
     labels, its length."""
+    goals: Ints
+    """int64 [S, 4], the pieces that the spans go to: head, first row, one after the last, and the place of the first in
+    the receiver's joined tensor."""
     pieces: Ints
-    """int64 [G, 3], what is received: head, first row, one after the last."""
+    """int64 [G, 4], what is received: likewise, in this rank's own."""
     begins: Ints
     """int64 [U, G]: where a source's rows of a piece begin among the rows received."""
     rows: int
-    """Of the longest piece."""
+    """Of the longest piece, this rank's."""
     most: int
-    """Rows from one source for one piece, at most."""
+    """Rows from one source for one piece, at most; sent or received."""
+    room: int
+    """Rows of the largest joined tensor of any rank."""
 
 
 class Itinerary(NamedTuple):
@@ -73,8 +78,12 @@ def _query_leg(row_counts: Ints, parts: Sequence[Sequence[Piece]], tokens: Seque
     members = _members(ranks, ranks.place.ring)
     of_row = tokens[members]
 
+    whole = sum(of_row)
+
     def spans(source: int, part: Sequence[Piece]) -> list[tuple[int, int]]:
-        return [_local_span(row_counts, of_row, source, piece) for piece in part]
+        own = (0, of_row[source])
+        return [own if last - first == whole else _local_span(row_counts[:, head], source, first, last)
+                for head, first, last in part]  # fmt: skip
 
     going = [spans(own, part) for part in parts]
     coming = [spans(source, parts[own]) for source in range(mesh.ulysses)]
@@ -85,8 +94,11 @@ def _query_leg(row_counts: Ints, parts: Sequence[Sequence[Piece]], tokens: Seque
     flat = [span for part in going for span in part]
     table = _spans([(head, start, end - start) for head, (start, end) in zip(heads, flat, strict=True)])
     lengths = [[end - start for start, end in part] for part in coming]
-    pieces = _table([tuple(piece) for piece in parts[own]], 3)
-    return Leg(sent, received, table, pieces, _begins(lengths), _longest(parts[own]), _most(lengths))
+    goals = [_places(part, _longest(part)) for part in parts]
+    most = _most([*lengths, [end - start for start, end in flat]])
+    room = max(len(part) * _longest(part) for part in parts)
+    begins, rows = _begins(lengths), _longest(parts[own])
+    return Leg(sent, received, table, np.concatenate(goals), goals[own], begins, rows, most, room)
 
 
 def _key_leg(parts: Sequence[Sequence[Sequence[Piece]]], tokens: Sequence[int], ranks: Ranks, hop: int) -> Leg:
@@ -102,26 +114,29 @@ def _key_leg(parts: Sequence[Sequence[Sequence[Piece]]], tokens: Sequence[int], 
     received[there] = [n * len(mine) for n in tokens[there]]
     rows = sum(tokens[there])
     table = _spans([(piece.head, 0, own) for part in parts[reader] for piece in part])
-    pieces = _table([(piece.head, 0, rows) for piece in mine], 3)
     lengths = [[n] * len(mine) for n in tokens[there]]
-    return Leg(sent, received, table, pieces, _begins(lengths), rows, _most(lengths))
+    # The readers' ring row gets the rows of this one.
+    whole = sum(tokens[_members(ranks, place.ring)])
+    goals = [_places([Piece(piece.head, 0, whole) for piece in part], whole) for part in parts[reader]]
+    pieces = _places([Piece(piece.head, 0, rows) for piece in mine], rows)
+    room = rows * max(len(part) for part in parts[place.ring])
+    return Leg(
+        sent, received, table, np.concatenate(goals), pieces, _begins(lengths), rows, max(own, _most(lengths)), room
+    )
 
 
-def _local_span(row_counts: Ints, tokens: Sequence[int], source: int, piece: Piece) -> tuple[int, int]:
-    """Returns which of a source's rows of the piece's head, in the order of their labels, belong to the piece.
+def _local_span(counts: Ints, source: int, first: int, last: int) -> tuple[int, int]:
+    """Returns which of a source's rows of a head, in the order of their labels, are among rows first .. last of it.
 
     Args:
-        row_counts: int64 [U, H, Cq].
-        tokens: of each source.
+        counts: int64 [U, Cq], each source's rows of each cluster.
         source: which.
-        piece: rows first .. last, counted over all sources.
+        first: counted over all sources, as is the next.
+        last: one after.
     """
-    if piece.last - piece.first == sum(tokens):
-        return 0, tokens[source]
-    of_head = row_counts[:, piece.head]
-    own, in_cluster = of_head[source], of_head.sum(0)
-    begin = np.cumsum(in_cluster) - in_cluster + of_head[:source].sum(0)
-    start, end = (int(np.clip(row - begin, 0, own).sum()) for row in (piece.first, piece.last))
+    own, in_cluster = counts[source], counts.sum(0)
+    begin = np.cumsum(in_cluster) - in_cluster + counts[:source].sum(0)
+    start, end = (int(np.minimum(np.maximum(row - begin, 0), own).sum()) for row in (first, last))
     return start, end
 
 
@@ -130,6 +145,11 @@ def _spans(spans: Sequence[tuple[int, int, int]]) -> Ints:
     table = _table(spans, 3)
     begins = np.cumsum(table[:, 2]) - table[:, 2]
     return np.column_stack([begins, table])
+
+
+def _places(pieces: Sequence[Piece], rows: int) -> Ints:
+    """Returns pieces with the place of each one's first row, if each has `rows` of them in the joined tensor."""
+    return _table([(*piece, place * rows) for place, piece in enumerate(pieces)], 4)
 
 
 def _begins(lengths: Sequence[Sequence[int]]) -> Ints:

@@ -43,7 +43,15 @@ def refine(
     return [Clusters(*parts) for parts in zip(labels, centroids, counts, orders, strict=True)]
 
 
-def random_tokens(x: Tensor, C: int, key: Sequence[int], tokens: int, first: int = 0, group: Group = None) -> Tensor:
+def random_tokens(
+    x: Tensor,
+    C: int,
+    key: Sequence[int],
+    tokens: int,
+    first: int = 0,
+    group: Group = None,
+    first_head: int = 0,
+) -> Tensor:
     """Returns C different tokens of each head as starting centroids, fp32 [H, C, D], the same on every rank.
 
     Which tokens follows from `key`, the head and the token's place in the whole sequence alone: not from the
@@ -56,11 +64,12 @@ def random_tokens(x: Tensor, C: int, key: Sequence[int], tokens: int, first: int
         tokens: length of the whole sequence over all ranks.
         first: place of the first local token in the whole sequence.
         group: the ranks that share the sequence; every one must enter.
+        first_head: the model's number of x's first head.
     """
     if not 1 <= C <= tokens:
         raise ValueError(f"C is {C}; accepted: 1 .. {tokens}, the tokens")
     H, n, D = x.shape
-    heads = torch.arange(H, dtype=torch.int64, device=x.device)[:, None]
+    heads = torch.arange(first_head, first_head + H, dtype=torch.int64, device=x.device)[:, None]
     hashes = heads.new_zeros(1)
     for part in key:
         hashes = _mix(hashes + part)

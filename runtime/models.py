@@ -12,6 +12,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
+from semvid.parallel.windows import open_windows
 from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
 from semvid.runtime.folder import FAMILIES
 from semvid.runtime.metrics import Density
@@ -53,7 +54,7 @@ class Sparsified:
         for block, stock in zip(blocks, self._stock, strict=False):
             block.attn1.set_processor(stock)
         if self._stock:
-            _registry(self.pipeline.transformer).remove_hook(HOOK, recurse=False)
+            registry_of(self.pipeline.transformer).remove_hook(HOOK, recurse=False)
             if self.session.ranks.mesh.sequence > 1:
                 unshard_transformer(self.pipeline.transformer)
         self._stock = []
@@ -88,7 +89,7 @@ def sparsify(
     """
     if type(pipeline) is not WanPipeline or pipeline.transformer is None or pipeline.transformer_2 is not None:
         raise ValueError(f"pipeline is a {type(pipeline).__name__}; supported: {', '.join(FAMILIES)}")
-    registry = _registry(pipeline.transformer)
+    registry = registry_of(pipeline.transformer)
     if registry.get_hook(HOOK) is not None:
         raise ValueError("this pipeline is sparsified already; remove() that handle first")
     if attention is None:
@@ -96,11 +97,12 @@ def sparsify(
     session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
     if session.ranks.mesh.sequence > 1:
         shard_transformer(pipeline.transformer, session)
+        session.windows = open_windows(session.ranks, pipeline.device)
     stock = []
     for layer, block in enumerate(pipeline.transformer.blocks):
         stock.append(block.attn1.get_processor())
         block.attn1.set_processor(WanProcessor(stock[-1], session, layer))
-    registry.register_hook(_PositionHook(session, pipeline.scheduler), HOOK)
+    registry.register_hook(PositionHook(session, pipeline.scheduler), HOOK)
     return Sparsified(pipeline, session, stock)
 
 
@@ -136,7 +138,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-class _PositionHook(ModelHook):
+class PositionHook(ModelHook):
     """Tells the session, before each forward pass of the transformer, which step and branch it is.
 
     diffusers pipelines announce both through `cache_context`; where the step is not announced it is the scheduler's.
@@ -163,5 +165,6 @@ class _PositionHook(ModelHook):
         return module
 
 
-def _registry(transformer: torch.nn.Module) -> HookRegistry:
+def registry_of(transformer: torch.nn.Module) -> HookRegistry:
+    """Returns diffusers' hooks of `transformer`."""
     return HookRegistry.check_if_exists_or_initialize(transformer)

@@ -9,6 +9,7 @@ from semvid.parallel.balance import balance
 from semvid.parallel.itinerary import Placement
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.shard import Shard
+from semvid.parallel.windows import Windows
 from semvid.runtime.cache import Cache
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import DensityMeter
@@ -39,8 +40,12 @@ class Session:
     """Branches that ran at the current step."""
     place_work: Placement = balance
     """How the work of a layer is cut among ranks."""
+    windows: Windows | None = None
+    """Memory that the ranks of the sequence share, where they can; rows travel by collectives otherwise."""
     shard: Shard | None = None
     """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
+    first_head: int = 0
+    """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
 
     def enter(self, position: Position) -> None:
         """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.

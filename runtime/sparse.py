@@ -11,7 +11,7 @@ from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
 from semvid.parallel.kmeans import random_tokens, refine
 from semvid.parallel.maps import gather_map
 from semvid.parallel.phases import phase
-from semvid.parallel.ring import attend_exchanged
+from semvid.parallel.ring import Attend, attend_exchanged, attend_through_windows
 from semvid.parallel.shard import Shard
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import cluster_counts
@@ -49,16 +49,16 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
     session.meter.count_sparse(memory.density)
-    plans, exchange = memory.plans, memory.exchange
-    if exchange is not None:
-        return attend_exchanged(
-            q, k, v, exchange, lambda q, k, v, hop: ops.attention(q, k, v, plans[hop]), ops, session.ranks.sequence
+    if memory.exchange is not None:
+        plans = memory.plans
+        return _across(
+            q, k, v, memory.exchange, lambda q, k, v, hop, out: ops.attention(q, k, v, plans[hop], out=out), session
         )
     by_query, by_key = memory.queries.permutation.order, memory.keys.permutation.order
     with phase("pack"):
         queries, keys, values = ops.gather_rows(q, by_query), ops.gather_rows(k, by_key), ops.gather_rows(v, by_key)
     with phase("attend"):
-        grouped, _ = ops.attention(queries, keys, values, plans[0])
+        grouped, _ = ops.attention(queries, keys, values, memory.plans[0])
     with phase("return"):
         return ops.scatter_rows(grouped, by_query)
 
@@ -78,10 +78,19 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor
     exchange = _dense_exchange(q, k, v, session)
     rows = [piece.last - piece.first for piece in exchange.pieces]
     with_lse = len(exchange.hops) > 1
-    return attend_exchanged(
-        q, k, v, exchange, lambda q, k, v, _: dense_pieces(q, k, v, rows, with_lse=with_lse), session.ops,
-        session.ranks.sequence,
-    )  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, hop: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        return dense_pieces(q, k, v, rows, with_lse=with_lse, out=out)
+
+    return _across(q, k, v, exchange, attend, session)
+
+
+def _across(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, attend: Attend, session: Session) -> Tensor:
+    """Returns attention across the ranks that share the sequence, by the fastest way they have, [H, n, D]."""
+    if exchange.direct:
+        assert session.windows is not None
+        return attend_through_windows(q, k, v, exchange, attend, session.ops, session.windows)
+    return attend_exchanged(q, k, v, exchange, attend, session.ops, session.ranks.sequence)
 
 
 def _refresh(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo: Refresh) -> Memory:
@@ -98,9 +107,8 @@ def _refresh(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo
     whole = gather_map(queries, keys, config.p, config.floor, ops, ranks)
     orders = queries.permutation, keys.permutation
     with phase("plan"):
-        exchange = plan_exchange(
-            whole.counts, orders, (layout(q), layout(k), layout(v)), ranks, ops, session.place_work
-        )
+        layouts, direct = (layout(q), layout(k), layout(v)), session.windows is not None
+        exchange = plan_exchange(whole.counts, orders, layouts, ranks, ops, session.place_work, direct=direct)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
         plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
     return Memory(queries, keys, whole.density(), plans, exchange)
@@ -117,7 +125,7 @@ def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -
     key = (session.seed, layer, zlib.crc32(here.branch.encode()), here.step)
     counts = cluster_counts(session.config, shard.total)
     return [
-        random_tokens(x, C, (*key, side), shard.total, shard.first, group)
+        random_tokens(x, C, (*key, side), shard.total, shard.first, group, session.first_head)
         for side, (x, C) in enumerate(zip((q, k), counts, strict=True))
     ]
 
@@ -128,7 +136,14 @@ def _dense_exchange(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Exchan
     assert shard is not None, "a whole sequence needs no exchange"
     found = session.cache.dense.get((shard, q.shape[0], layouts))
     if found is None:
-        found = plan_exchange(*_one_cluster(shard, q), layouts, session.ranks, session.ops, session.place_work)
+        found = plan_exchange(
+            *_one_cluster(shard, q),
+            layouts,
+            session.ranks,
+            session.ops,
+            session.place_work,
+            direct=session.windows is not None,
+        )
         session.cache.dense[shard, q.shape[0], layouts] = found
     return found
 

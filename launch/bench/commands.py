@@ -37,6 +37,9 @@ def add_layer(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add("--repeats", type=int, metavar="N", default=default.repeats, help="timed calls (default: %(default)s)")
     add("--warmup", type=int, metavar="N", default=default.warmup, help="calls before those (default: %(default)s)")
     add("--no-block", action="store_true", help="leave the transformer blocks out")
+    text = "exchange by collectives alone, also where GPUs reach each other's memory"
+    add("--collective", action="store_true", help=text)
+    add("--usp", action="store_true", help="time xfuser's dense USP too (pip install 'semvid[xdit]')")
     add("--seed", type=int, metavar="N", default=default.seed, help="of the inputs (default: %(default)s)")
     text = f"where layer.json goes (default: a new folder in {jobs.DEFAULT_ROOT}/)"
     add("--out", metavar="DIR", type=Path, help=text)
@@ -53,6 +56,8 @@ def _layer(args: argparse.Namespace) -> int:
         warmup=args.warmup,
         device=args.device,
         block=not args.no_block,
+        windows=not args.collective,
+        usp=args.usp,
         seed=args.seed,
     )
     # Before torch is imported.

@@ -14,6 +14,7 @@ from semvid.kernels.dispatch import select
 from semvid.launch import env
 from semvid.launch.bench import layer_rank
 from semvid.launch.bench.options import SHAPES, LayerOptions, Shape
+from semvid.parallel import xdit
 
 RESULT = "layer.json"
 
@@ -33,6 +34,9 @@ def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]
     if options.device == "cuda":
         _check_gpus(max(options.gpus))
     select(options.backend, torch.device(options.device))
+    reason = xdit.missing() if options.usp else None
+    if reason is not None:
+        raise ValueError(f"--usp can't run here: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"bench": "layer", **env.surroundings(options.device), "shapes": []}
     for name in options.shapes:

@@ -17,7 +17,7 @@ from semvid.launch import env
 from semvid.launch.bench import options as settings
 from semvid.launch.bench import timing, workload
 from semvid.launch.bench.options import LayerOptions, Options, Shape
-from semvid.parallel import balance
+from semvid.parallel import balance, xdit
 from semvid.parallel.balance import Ints, Piece
 from semvid.parallel.itinerary import Placement
 from semvid.parallel.maps import own_heads
@@ -25,6 +25,7 @@ from semvid.parallel.mesh import Mesh
 from semvid.parallel.phases import recording
 from semvid.parallel.ranks import Ranks, connect, join, leave, slowest
 from semvid.parallel.shard import Shard, pad
+from semvid.parallel.windows import Windows, open_windows
 from semvid.runtime.blocks import wan_block
 from semvid.runtime.cache import Memory
 from semvid.runtime.schedule import Decision, Refresh, Reuse
@@ -59,13 +60,20 @@ def run(rank: int, world: int, folder: str, shape: Shape, options: LayerOptions)
 class _Call:
     """This rank's part of one attention call: a session, and its rows of q, k and v as a model lays them."""
 
-    def __init__(self, layer: "_Layer", ranks: Ranks, placement: Placement = balance.balance) -> None:
+    def __init__(
+        self,
+        layer: "_Layer",
+        ranks: Ranks,
+        windows: Windows | None = None,
+        placement: Placement = balance.balance,
+    ) -> None:
         work = layer.work
         self.work, self.ranks = work, ranks
         self.shard = Shard(ranks.shard, ranks.mesh.sequence, work.q.shape[1])
         self.session = Session(work.config, layer.with_drawn_map(ranks), 0, ranks, place_work=placement)
         if ranks.mesh.sequence > 1:
             self.session.shard = self.shard
+        self.session.windows = windows
         self.session.enter(Position(20, 50, BRANCH))
         mine = [x[:, self.shard.first : self.shard.first + self.shard.tokens] for x in (work.q, work.k, work.v)]
         self.q, self.k = (x.contiguous() for x in mine[:2])
@@ -114,6 +122,7 @@ class _Layer:
     def __init__(self, shape: Shape, options: LayerOptions, world: int, device: torch.device) -> None:
         self.shape, self.options, self.world, self.device = shape, options, world, device
         self.ops = select(options.backend, device)
+        self.windows: Windows | None = None
         # Every rank draws the same whole.
         config = settings.attention_config(Options(), shape)
         self.work = workload.make(shape, config, options.density, options.seed, device)
@@ -121,19 +130,27 @@ class _Layer:
     def measure(self) -> dict[str, Any]:
         """Returns all cases' rows. Every rank measures the same cases in the same order."""
         ulysses = Ranks() if self.world == 1 else connect(Mesh(ulysses=self.world))
+        if self.options.windows:
+            self.windows = open_windows(ulysses, self.device)
         rows = [self._sparse("refresh", REFRESH, ulysses), self._sparse("reuse", REUSE, ulysses), self._dense(ulysses)]
         if self.options.block:
             rows += [self._block("block, refresh", REFRESH, ulysses), self._block("block, reuse", REUSE, ulysses)]
             rows.append(self._block("block, dense", None, ulysses))
+        if self.windows is not None:
+            for name, todo in (("refresh", REFRESH), ("reuse", REUSE)):
+                rows.append(self._sparse(f"{name}, by collectives", todo, ulysses, collective=True))
         if self.world > 1:
             for name, heads in (("contiguous", balance.contiguous), ("longest first", balance.longest_first)):
-                rows.append(self._sparse(f"refresh, {name}", REFRESH, ulysses, _whole_heads(heads)))
+                rows.append(self._sparse(f"refresh, {name}", REFRESH, ulysses, placement=_whole_heads(heads)))
             rows.append(self._sparse("refresh, ring", REFRESH, connect(Mesh(ring=self.world))))
+        if self.options.usp and self.world > 1:
+            rows.append(self._usp(ulysses))
         config, pairs = self.work.config, workload.computed_pairs(
             self.work.block_map, self.work.queries.sizes, self.work.keys.sizes
         )  # fmt: skip
         return {
             "backend": self.ops.name,
+            "windows": self.windows is not None,
             "density": pairs / (self.shape.heads * self.shape.tokens**2),
             "query_clusters": config.query_clusters,
             "key_clusters": config.key_clusters,
@@ -153,9 +170,16 @@ class _Layer:
         return self.ops._replace(top_p_map=top_p_map)
 
     def _sparse(
-        self, name: str, todo: Decision, ranks: Ranks, placement: Placement = balance.balance
+        self,
+        name: str,
+        todo: Decision,
+        ranks: Ranks,
+        *,
+        placement: Placement = balance.balance,
+        collective: bool = False,
     ) -> dict[str, Any]:
-        call = _Call(self, ranks, placement)
+        windows = None if collective or ranks.mesh.ring > 1 else self.windows
+        call = _Call(self, ranks, windows, placement)
         call.sparse(REFRESH)
         row = self._time(name, lambda: call.sparse(todo), call.error)
         memory = call.session.cache.get(LAYER, BRANCH)
@@ -167,11 +191,21 @@ class _Layer:
         return row
 
     def _dense(self, ranks: Ranks) -> dict[str, Any]:
-        return self._time("dense", _Call(self, ranks).dense)
+        return self._time("dense", _Call(self, ranks, self.windows).dense)
+
+    def _usp(self, ranks: Ranks) -> dict[str, Any]:
+        call = _Call(self, ranks)
+        xdit.initialize(ranks)
+        tokens = self.shape.tokens
+        row = self._time(
+            f"dense, xfuser USP {xdit.dense_backend()}", lambda: xdit.usp_dense(call.q, call.k, call.v, tokens)
+        )
+        xdit.release()
+        return row
 
     def _block(self, name: str, todo: Decision | None, ranks: Ranks) -> dict[str, Any]:
         """Times a whole transformer block; its attention computes this workload's rows, not the random model's."""
-        call = _Call(self, ranks)
+        call = _Call(self, ranks, self.windows)
         if todo is not None:
             call.sparse(REFRESH)
         attention = call.dense if todo is None else lambda: call.sparse(todo)

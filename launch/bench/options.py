@@ -122,6 +122,10 @@ class LayerOptions:
     """cuda or cpu: gloo processes then."""
     block: bool = True
     """Whether whole transformer blocks are timed too."""
+    usp: bool = False
+    """Whether xfuser's dense USP is timed beside ours."""
+    windows: bool = True
+    """Whether rows go through memory that the GPUs share, where they can; by collectives otherwise."""
     seed: int = 0
 
 

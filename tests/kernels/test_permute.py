@@ -145,3 +145,23 @@ def test_addresses_past_two_to_the_31_are_right(device: torch.device) -> None:
     x = torch.randn(220, 80_000, 128, device=device, dtype=torch.bfloat16)
     order = torch.arange(79_999, -1, -1, device=device, dtype=torch.int32).expand(220, -1).contiguous()
     assert torch.equal(permute.gather_rows(x, order)[-1], x[-1].flip(0))
+
+
+@pytest.mark.parametrize(("n", "D"), [(1, 16), (37, 64), (300, 20)])
+def test_rows_are_copied_to_their_places_and_nothing_else_changes(n: int, D: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(2, n + 5, D, generator=generator).to(device)
+    source, target = (
+        torch.stack([torch.randperm(n + 5, generator=generator)[:n] for _ in range(2)]).to(torch.int32).to(device)
+        for _ in range(2)
+    )
+    outs = []
+    for ops in (reference, permute):
+        out = torch.full((2, n + 5, D), 7.0, device=device)
+        ops.copy_rows(x, source[:, : n // 2 + 1], out, target[:, : n // 2 + 1])
+        outs.append(out)
+    assert torch.equal(*outs)
+    for h in range(2):
+        for i in range(n // 2 + 1):
+            assert torch.equal(outs[0][h, target[h, i]], x[h, source[h, i]])
+    assert (outs[0] == 7.0).all(-1).sum() == 2 * (n + 5 - (n // 2 + 1))

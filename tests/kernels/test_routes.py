@@ -8,7 +8,7 @@ from semvid.kernels import reference
 from semvid.kernels.dispatch import select
 
 
-def routes(S: int, H: int, C: int, G: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+def routes(S: int, H: int, C: int, G: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Counts, pieces (whole heads and parts of heads), and where the sources' rows begin, as an itinerary has them."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 5, (S, H, C), generator=generator, dtype=torch.int32)
@@ -27,22 +27,22 @@ def routes(S: int, H: int, C: int, G: int, seed: int) -> tuple[Tensor, Tensor, T
                     row += 1
     begins = (lengths.flatten().cumsum(0) - lengths.flatten()).view(S, G)
     rows = max((last - first for _, first, last in pieces), default=0)
-    table = torch.tensor(pieces, dtype=torch.int64).view(-1, 3)
-    return counts, table, begins, rows, int(lengths.sum()), int(lengths.max()) if lengths.numel() else 0
+    table = torch.tensor([(*piece, g * rows) for g, piece in enumerate(pieces)], dtype=torch.int64).view(-1, 4)
+    return counts, table, begins, int(lengths.sum()), int(lengths.max()) if lengths.numel() else 0
 
 
-def by_hand(counts: Tensor, pieces: Tensor, rows: int) -> list[int]:
+def by_hand(counts: Tensor, pieces: Tensor) -> list[int]:
     """Every arriving row's place, source by source, piece by piece, cluster by cluster."""
     S, _, C = counts.shape
     places = []
     for source in range(S):
-        for g, (head, first, last) in enumerate(pieces.tolist()):
+        for head, first, last, base in pieces.tolist():
             row = 0
             for c in range(C):
                 for s in range(S):
                     for _ in range(int(counts[s, head, c])):
                         if s == source and first <= row < last:
-                            places.append(g * rows + row - first)
+                            places.append(base + row - first)
                         row += 1
     return places
 
@@ -53,25 +53,35 @@ CASES = [(1, 1, 1, 1), (2, 3, 5, 4), (3, 2, 17, 5), (2, 2, 40, 2), (4, 3, 3, 0)]
 @pytest.mark.parametrize(("S", "H", "C", "G"), CASES)
 def test_the_reference_places_every_row(S: int, H: int, C: int, G: int) -> None:
     for seed in range(3):
-        counts, pieces, begins, rows, total, most = routes(S, H, C, G, seed)
-        targets, offsets = reference.target_rows(counts, pieces, begins, rows, total, most)
-        assert targets[0].tolist() == by_hand(counts, pieces, rows)
-        for g, (head, first, last) in enumerate(pieces.tolist()):
+        counts, pieces, begins, total, most = routes(S, H, C, G, seed)
+        targets, offsets = reference.target_rows(counts, pieces, begins, 0, total, most)
+        assert targets[0].tolist() == by_hand(counts, pieces)
+        for g, (head, first, last, _) in enumerate(pieces.tolist()):
             ends = counts[:, head].sum(0).cumsum(0).clamp(first, last) - first
             assert offsets[g].tolist() == [0, *ends.tolist()]
 
 
 @pytest.mark.parametrize(("S", "H", "C", "G"), [*CASES, (2, 2, 1100, 3)])
 def test_targets_equal_the_reference(S: int, H: int, C: int, G: int, device: torch.device) -> None:
-    counts, pieces, begins, rows, total, most = routes(S, H, C, G, 7)
+    counts, pieces, begins, total, most = routes(S, H, C, G, 7)
     # Counts of queries and keys lie side by side, and sources of one ring row among others.
     wide = torch.zeros(S + 2, H, C + 3, dtype=torch.int32)
     wide[1 : S + 1, :, 2 : C + 2] = counts
     counts = wide.to(device)[1 : S + 1, :, 2 : C + 2]
-    given = counts, pieces.to(device), begins.to(device), rows, total, most
+    given = counts, pieces.to(device), begins.to(device), 0, total, most
     found, expected = select("triton", device).target_rows(*given), reference.target_rows(*given)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
+    # One source alone, as a sender lists its own rows; and none, where only the runs are wanted.
+    last = S - 1
+    ends = torch.cat([begins.flatten(), torch.tensor([total])]).diff().view(S, G)[last]
+    alone = counts, given[1], (ends.cumsum(0) - ends)[None].to(device), last, int(ends.sum()), most
+    for case in (alone, (*given[:4], 0, most)):
+        found, expected = select("triton", device).target_rows(*case), reference.target_rows(*case)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs)
+    listed = reference.target_rows(*alone)[0][0]
+    assert torch.equal(listed, reference.target_rows(*given)[0][0, total - len(listed) :])
 
 
 @pytest.mark.parametrize("n", [1, 7, 1500])

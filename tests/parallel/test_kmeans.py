@@ -69,6 +69,12 @@ def test_random_tokens_are_different_tokens_of_their_own_head(C: int) -> None:
         assert set(drawn[h].tolist()) <= set(x[h, :, 0].tolist())
 
 
+def test_random_tokens_follow_the_models_number_of_a_head() -> None:
+    x = torch.randn(5, 100, 1)
+    whole = random_tokens(x, 20, (1, 2), 100)
+    assert torch.equal(random_tokens(x[2:], 20, (1, 2), 100, first_head=2), whole[2:])
+
+
 def test_random_tokens_follow_the_key_and_are_spread_evenly() -> None:
     x = torch.arange(1000, dtype=torch.float32).view(1, 1000, 1)
     a, b = random_tokens(x, 50, (3, 1), 1000), random_tokens(x, 50, (3, 2), 1000)
