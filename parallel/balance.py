@@ -50,11 +50,13 @@ def balance(rows: Ints, keys: Ints, parts: int) -> list[list[Piece]]:
     work = (tiles * tile_cost).sum(1)
     groups = _whole_heads(work, parts)
     loads = np.array([work[group].sum() for group in groups])
+    head_rows = rows.sum(1).tolist()
     if parts == 1 or loads.max() * parts <= (1 + WHOLE_HEADS_TOLERANCE) * loads.sum():
-        head_rows = rows.sum(1)
-        return [_pieces((int(h), 0, int(head_rows[h])) for h in group) for group in groups]
-    line = _line(groups, work)
-    return _cut(rows[line], tiles[line], tile_cost[line], line, parts)
+        return [_pieces((head, 0, head_rows[head]) for head in group) for group in groups]
+    # Equal work in any order; the one whose busiest rank moves the fewest rows is taken.
+    lines = (_grouped_line(groups, work), _even_line(work))
+    cuts = [_cut(rows[line], tiles[line], tile_cost[line], line, parts) for line in lines]
+    return min(cuts, key=lambda cut: max(_moved_rows(part, head_rows) for part in cut))
 
 
 def cost(rows: Ints, keys: Ints, pieces: Sequence[Piece]) -> int:
@@ -151,7 +153,23 @@ def _swap(groups: list[list[int]], loads: Ints, work: Ints, high: int) -> bool:
     return True
 
 
-def _line(groups: list[list[int]], work: Ints) -> list[int]:
+def _moved_rows(pieces: Sequence[Piece], head_rows: Sequence[int]) -> int:
+    """Returns the rows of q, k, v and out that a part moves: keys and values of whole heads, queries of its own."""
+    return sum(2 * head_rows[head] + 2 * (last - first) for head, first, last in pieces)
+
+
+def _even_line(work: Ints) -> list[int]:
+    """Returns the order of heads on the line in which light and heavy ones are mixed: work grows as heads do."""
+    left, line, done, total = dict(enumerate(work.tolist())), [], 0, int(work.sum())
+    for place in range(1, len(work) + 1):
+        goal = total * place / len(work)
+        head = min(left, key=lambda head: (abs(done + left[head] - goal), head))
+        done += left.pop(head)
+        line.append(head)
+    return line
+
+
+def _grouped_line(groups: list[list[int]], work: Ints) -> list[int]:
     """Returns the order of heads on the line: groups so that their sums stay near the equal cuts, heavy heads outside.
 
     A cut then falls near a group's end, into a heavy head, and moves little else: work and bytes both stay even.

@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+# The newer name, where PyTorch has it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 Arrival = Callable[[], Tensor]
 """Waits (on a GPU: lets the current stream wait) until a tensor under way has arrived, and returns it."""
 
@@ -44,7 +47,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     ranks = dist.get_world_size(group)
     # Flat: gloo wants the ranks along the first dimension, which x may lack.
     whole = torch.empty(ranks * x.numel(), dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(whole, x.flatten(), group=group)
+    _all_gather(whole, x.flatten(), group=group)
     return whole.view(ranks, *x.shape)
 
 

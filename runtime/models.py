@@ -89,6 +89,9 @@ def sparsify(
     """
     if type(pipeline) is not WanPipeline or pipeline.transformer is None or pipeline.transformer_2 is not None:
         raise ValueError(f"pipeline is a {type(pipeline).__name__}; supported: {', '.join(FAMILIES)}")
+    if type(pipeline.transformer).__module__.startswith("xfuser"):
+        # It splits the sequence by itself, behind this attention's back.
+        raise ValueError("pipeline's transformer is xDiT's; accepted for those: semvid.runtime.xdit.register")
     registry = registry_of(pipeline.transformer)
     if registry.get_hook(HOOK) is not None:
         raise ValueError("this pipeline is sparsified already; remove() that handle first")

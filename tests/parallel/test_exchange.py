@@ -10,12 +10,15 @@ from torch import Tensor
 
 from semvid.kernels import permute
 from semvid.kernels.dispatch import select
+from semvid.kernels.layout import Tail
 from semvid.parallel import balance
 from semvid.parallel.exchange import flat_rows, layout
 from semvid.parallel.maps import pack_bits
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks, connect
+from semvid.parallel.ring import attend_exchanged
 from semvid.parallel.shard import Shard
+from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.schedule import Refresh, Reuse
 from semvid.runtime.session import Position, Session
@@ -151,3 +154,41 @@ def test_every_mesh_gives_what_one_rank_gives_over_nccl(backend: str, spawn: Cal
     spawn(world, _equals_one_rank, meshes, backend, CASES, (0.6, 1.0), nccl=True)
     # Among thousands of tokens some are near-ties, which may fall the other way; with p = 1 nothing hangs on them.
     spawn(world, _equals_one_rank, meshes, backend, [(5, 4099, "blobs"), (3, 2048, "one rank")], (1.0,), nccl=True)
+
+
+def _tail(memory: Memory, H: int, D: int) -> Tail:
+    """Any stand-ins for the key clusters, the same on every rank."""
+    generator = torch.Generator().manual_seed(5)
+    k_mean, v_mean = (torch.randn(H, memory.keys.centroids.shape[1], D, generator=generator) for _ in range(2))
+    return Tail(k_mean, v_mean, memory.keys.sizes.float().log())
+
+
+def _tails(rank: int, world: int) -> None:
+    balance.TILE_ROWS, balance.TILE_OVERHEAD_KEYS = 4, 2
+    H, N, D = 5, 41, 16
+    q, k, v = tokens(H, N, D, "blobs")
+    alone = session(Ranks(), N, 0.5, "reference", torch.device("cpu"))
+    ops = alone.ops
+    run(alone, q, k, v)
+    memory = alone.cache.get(0, "cond")
+    by_query, by_key = memory.queries.permutation.order, memory.keys.permutation.order
+    grouped = [ops.gather_rows(x, order) for x, order in ((q, by_query), (k, by_key), (v, by_key))]
+    expected = ops.scatter_rows(ops.attention(*grouped, memory.plans[0], tail=_tail(memory, H, D))[0], by_query)
+    for mesh in (Mesh(ring=world), Mesh(ulysses=world)):
+        ranks = connect(mesh)
+        made = session(ranks, N, 0.5, "reference", torch.device("cpu"))
+        run(made, q, k, v)
+        mine = made.cache.get(0, "cond")
+        exchange, plans, tail = mine.exchange, mine.plans, _tail(mine, H, D)
+        of_pieces = Tail(*(part[exchange.heads] for part in tail))
+        part = slice(made.shard.first, made.shard.first + made.shard.tokens)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, hop: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
+            return ops.attention(q, k, v, plans[hop], tail=None if hop else of_pieces, out=out)  # noqa: B023
+
+        found = attend_exchanged(q[:, part], k[:, part], v[:, part], exchange, attend, ops, ranks.sequence)
+        torch.testing.assert_close(found, expected[:, part], rtol=2e-5, atol=2e-5)
+
+
+def test_a_tail_is_added_in_one_hop(spawn: Callable[..., None]) -> None:
+    spawn(2, _tails)

@@ -1,0 +1,62 @@
+"""`semvid bench layer` on gloo processes: every case is checked, timed by all ranks and reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from semvid.launch import cli
+
+CASES = {"refresh", "reuse", "dense", "block, refresh", "block, reuse", "block, dense"}
+
+
+def test_cases_of_one_and_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--device", "cpu", "--gpus", "1,2", "--repeats", "2", "--warmup", "0", "--out", str(tmp_path), "--json"]
+    assert cli.main(["bench", "layer", *args]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "layer.json").read_text())
+    (shape,) = report["shapes"]
+    alone, both = (shape["worlds"][world] for world in ("1", "2"))
+    assert {row["name"] for row in alone["rows"]} == CASES
+    assert {row["name"] for row in both["rows"]} == CASES | {
+        "refresh, contiguous",
+        "refresh, longest first",
+        "refresh, ring",
+    }
+    assert both["density"] == pytest.approx(alone["density"])
+    for row in both["rows"]:
+        assert 0 < row["ms_20"] <= row["median_ms"] <= row["ms_80"]
+        assert shape["scaling"]["2"][row["name"]] > 0
+        if row["name"].startswith(("refresh", "reuse")):
+            assert row["error"] < 1e-2
+            assert row["planned_imbalance"] >= 1
+            assert len(row["phases_ms_of_ranks"]) == len(row["sent_bytes_of_ranks"]) == 2
+            assert {"attend", "exchange", "return"} <= set(row["phases_ms"])
+    assert "2 x  refresh, ring" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--gpus", "two"], "--gpus is 'two'; accepted: whole numbers with commas between"),
+        (["--gpus", "0", "--device", "cpu"], "--gpus is 0; accepted: 1 or more"),
+        (
+            ["--shape", "wan14b-720p", "--device", "cpu"],
+            "--shape is 'wan14b-720p', which takes GPUs; accepted on a CPU",
+        ),
+        (["--shape", "wan"], "--shape is 'wan'"),
+        (["--density", "2"], "--density is 2"),
+        (["--device", "cpu", "--usp"], "--usp can't run here: "),
+        (["--device", "cpu", "--backend", "fast"], "backend is 'fast'"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "layer", *args, "--out", str(tmp_path / "new")]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert not out
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
