@@ -1,5 +1,6 @@
 """Dense attention by the best kernel that PyTorch has here, with the lse where it is asked for."""
 
+import contextlib
 import math
 
 import torch
@@ -47,14 +48,22 @@ def dense_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     ops, args = torch.ops.aten, (q[None], k[None], v[None])
     if q.is_cuda and q.dtype == torch.float32:
         out, lse = ops._scaled_dot_product_efficient_attention(*args, None, True)[:2]
-    elif q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0):
-        out, lse = ops._scaled_dot_product_cudnn_attention(*args, None, True)[:2]
     elif q.is_cuda:
-        out, lse = ops._scaled_dot_product_flash_attention(*args)[:2]
+        out, lse = _half_precision(*args)
     else:
         out, lse = ops._scaled_dot_product_flash_attention_for_cpu(*args)[:2]
     # Some kernels round the lse's rows up, or leave a dimension of one behind them.
     return out[0], lse.reshape(H, -1)[:, :Nq].float()
+
+
+def _half_precision(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns out and lse on a GPU, by cuDNN where it is the faster one and takes the input."""
+    if torch.cuda.get_device_capability(q.device) >= (9, 0):
+        with contextlib.suppress(RuntimeError):
+            out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+            return out, lse
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return out, lse
 
 
 def dense_pieces(

@@ -191,7 +191,7 @@ def _place_tokens(labels_ptr, before_ptr, offsets_ptr, order_ptr, N, C, num_bloc
     tl.store(order_ptr + h * N + place + i - start, block * BLOCK + key % BLOCK, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "out_rows"])
 def _move_rows(
     x_ptr,
     order_ptr,
@@ -216,12 +216,15 @@ def _move_rows(
     tl.store(out_ptr + (h * out_rows + target[:, None]) * D + d[None, :], row, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n", "out_rows", "source_step", "target_step"],
+    do_not_specialize_on_alignment=["source_ptr", "target_ptr"],
+)
 def _copy_rows(
     x_ptr, source_ptr, out_ptr, target_ptr, n, out_rows, source_step, target_step, x_stride_h, x_stride_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out[target[i]] = x[source[i]]."""
+    """out[target[i]] = x[source[i]]. What differs from refresh to refresh is not compiled for."""
     h = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)

@@ -82,7 +82,7 @@ def unpack_map(bits: Tensor, heads: Tensor, Ck: int) -> Tensor:
     return selected
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _source_rows(
     order, spans, out_a, out_b, n, head_a, token_a, head_b, token_b, TWO: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _source_rows(
         tl.store(out_b + begin + i, (head * head_b + token * token_b).to(tl.int32), mask=i < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "first_source"], do_not_specialize_on_alignment=["counts"])
 def _clip_runs(
     counts, pieces, offsets, ends, shifts, source_step, head_step, G, C, first_source,
     SOURCES: tl.constexpr, BLOCK: tl.constexpr,

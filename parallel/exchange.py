@@ -110,6 +110,8 @@ class Exchange:
     num_heads: int
     room: tuple[int, int]
     """Rows of the largest joined queries and of the largest joined keys of any rank."""
+    layouts: tuple[Layout, Layout, Layout]
+    """How q, k and v lay in memory when it was planned, and must lie."""
     direct: bool
     """Whether rows are written to where they belong, in the other ranks' memory (`windows`)."""
 
@@ -183,6 +185,9 @@ def plan_exchange(
         spans, goals, pieces, begins = tables[4 * i : 4 * i + 4]
         sources = ops.source_rows(orders[i], spans, sum(leg.sent), *steps[i])
         of_row = sides[i][rows[i] * mesh.ulysses : (rows[i] + 1) * mesh.ulysses]
+        if direct:
+            # Of the own pieces only the runs are wanted: nothing is listed.
+            begins = begins[:1]
         target, offsets = ops.target_rows(of_row, pieces, begins, 0, 0 if direct else sum(leg.received), leg.most)
         if direct:
             target, _ = ops.target_rows(
@@ -201,6 +206,7 @@ def plan_exchange(
         plan.tokens,
         H,
         (plan.queries.room, plan.keys[0].room),
+        layouts,
         direct,
     )
 

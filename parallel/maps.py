@@ -62,7 +62,11 @@ def gather_map(queries: Clusters, keys: Clusters, p: float, floor: float, ops: O
         record = all_gather(record, group).flatten(0, 1)[:H]
     bits, computed = record.split([record.shape[-1] - 4, 4], dim=-1)
     of_queries, of_keys = counts.split([Cq, Ck], dim=2)
-    return GlobalMap(bits, Ck, Counts(of_queries, of_keys, computed.contiguous().view(torch.int32)[..., 0]))
+    return GlobalMap(
+        bits,
+        Ck,
+        Counts(of_queries, of_keys, computed.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., 0]),
+    )
 
 
 def own_heads(H: int, ranks: Ranks, device: torch.device) -> Tensor:

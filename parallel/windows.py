@@ -99,15 +99,34 @@ class _Block:
 def open_windows(ranks: Ranks, device: torch.device) -> Windows | None:
     """Returns the windows of `ranks`, or None where they can't be: every rank of the job must enter, and all get alike.
 
-    They need GPUs of one host that reach each other's memory, and one ring row.
+    They need GPUs of one host that reach each other's memory, and one ring row. Nor are they opened where PyTorch would
+    bind the memory to NVLink multicast, which nothing here needs and which can leave a host's GPUs hanging:
+    TORCH_SYMM_MEM_DISABLE_MULTICAST=1 keeps it from that.
+
+    Args:
+        ranks: the mesh and this rank's place on it.
+        device: this rank's own.
     """
     mesh = ranks.mesh
     if device.type != "cuda" or mesh.ring > 1 or mesh.sequence == 1:
         return None
+    mine = torch.cuda.current_device() if device.index is None else device.index
     first = ranks.rank - ranks.shard
     one_host = len(set(hosts()[first : first + mesh.sequence])) == 1
-    mine = torch.cuda.current_device()
-    others = [i for i in range(torch.cuda.device_count()) if i != mine]
-    reached = one_host and all(torch.cuda.can_device_access_peer(mine, i) for i in others)
+    devices = all_gather(torch.tensor([mine], device=device), ranks.sequence).flatten().tolist()
+    reached = one_host and len(set(devices)) == len(devices) and not _multicast(mine)
+    reached = reached and all(
+        other < torch.cuda.device_count() and torch.cuda.can_device_access_peer(mine, other)
+        for other in devices
+        if other != mine
+    )
     everyone = all_gather(torch.tensor([reached], dtype=torch.uint8, device=device), ranks.sequence)
     return Windows(ranks) if bool(everyone.all()) else None
+
+
+def _multicast(device: int) -> bool:
+    """Returns whether PyTorch would bind symmetric memory of this GPU to NVLink multicast."""
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return _SymmetricMemory.has_multicast_support(DeviceType.CUDA, device)

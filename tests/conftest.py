@@ -10,6 +10,8 @@ from typing import Any
 
 # Read by torch's OpenMP when it loads: waiting threads soon sleep, or tests beside other work take far longer.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# As the commands set it.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 import pytest
 import torch

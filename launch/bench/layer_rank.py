@@ -105,6 +105,8 @@ class _Call:
         assert memory is not None
         whole = self.shard.gather(pad(memory.keys.labels, 1, self.shard.rows), 1, self.ranks.sequence).long()
         wrong = right = 1e-30
+        if self.shard.tokens == 0:
+            return 0.0
         for head in range(0, out.shape[0], -(-out.shape[0] // SAMPLED_HEADS)):
             places = torch.randint(self.shard.tokens, (SAMPLED_ROWS,), device=out.device)
             clusters = memory.queries.labels[head, places].long()
@@ -187,7 +189,9 @@ class _Layer:
         if exchange is not None:
             row["sent_bytes"] = exchange.rows_sent(ranks.shard) * call.q.shape[2] * call.q.element_size()
             row["planned_imbalance"] = self._planned(call, placement)
-            row["parts_of_heads"] = sum(piece.last - piece.first < self.shape.tokens for piece in exchange.pieces)
+            first = ranks.place.ring * ranks.mesh.ulysses
+            of_row = sum(call.shard.all_tokens()[first : first + ranks.mesh.ulysses])
+            row["parts_of_heads"] = sum(piece.last - piece.first < of_row for piece in exchange.pieces)
         return row
 
     def _dense(self, ranks: Ranks) -> dict[str, Any]:
@@ -239,7 +243,8 @@ class _Layer:
         out = call()
         found = None if error is None else error(out)
         if not torch.isfinite(out).all() or (found is not None and not found <= ERROR_BOUND):
-            raise RuntimeError(f"{name} of {self.shape.name}: relative error {found}, accepted: up to {ERROR_BOUND}")
+            error_text = "not finite" if found is None else f"relative error {found}, accepted: up to {ERROR_BOUND}"
+            raise RuntimeError(f"{name} of {self.shape.name}: {error_text}")
         del out
         for _ in range(self.options.warmup):
             call()
