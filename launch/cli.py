@@ -1,4 +1,4 @@
-"""The command line: `semvid run | compare | bench | doctor`. What is wrong is said in one line, before any work."""
+"""The command line: `semvid run | resume | compare | bench | doctor`. What is wrong is said first, in one line."""
 
 import argparse
 import difflib
@@ -16,8 +16,10 @@ from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
-from semvid.runtime.config import AttentionConfig, Config, ModelConfig
+from semvid.runtime.config import AttentionConfig, Config, JobConfig, ModelConfig
+from semvid.runtime.job import Job
 
+JSON_HELP = "print one JSON object on stdout; the summary goes to stderr"
 VIDEO_OPTIONS = ("prompt", "seed", "steps", "height", "width", "frames", "guidance", "negative_prompt")
 
 
@@ -44,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command line and returns its exit code: 0, 1 (a check failed), 2 (bad input), 130 or 143 (stopped)."""
     return env.exit_code("semvid", lambda: _command(argv))
 
 
@@ -72,8 +74,20 @@ def _parser() -> Parser:
     _add_job_options(run)
     preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
     run.add_argument("--preset", metavar="NAME", help=preset)
+    text = f"denoising steps from one checkpoint to the next; 0: none (default: {JobConfig().checkpoint_steps})"
+    run.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=text)
     _add_mesh(run)
     run.set_defaults(run=_run, parser=run)
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a job that was stopped",
+        description="Go on with a job that was stopped, from its newest checkpoint, on any number of GPUs.",
+        allow_abbrev=False,
+    )
+    resume.add_argument("job", type=Path, metavar="DIR", help="the job folder")
+    resume.add_argument("--json", action="store_true", help=JSON_HELP)
+    _add_mesh(resume)
+    resume.set_defaults(run=_resume, parser=resume)
     compare = commands.add_parser(
         "compare",
         help="make a video with two presets and measure how alike they are",
@@ -168,7 +182,12 @@ def _add_job_options(parser: Parser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"what is to be seen ({text}, if it has one)")
     add = parser.add_argument
     add("--model", metavar="DIR", help="a diffusers checkpoint folder (default: demo, the small model semvid carries)")
-    add("--config", metavar="FILE", type=Path, help="a TOML file: preset, [model], [video], [attention]; or a job.toml")
+    add(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="a TOML file: preset, [model], [video], [attention], [job]; or a job.toml",
+    )
     add("--seed", type=int, help="of the noise and the first centroids (default: 0)")
     add("--steps", type=int, help=f"denoising steps ({text})")
     add("--height", type=int, help=f"pixels ({text})")
@@ -184,7 +203,7 @@ def _add_job_options(parser: Parser) -> None:
         help="sparse attention's kernels (default: auto, the fastest here)",
     )
     add("--out", metavar="DIR", type=Path, help=f"the job folder (default: a new one in {jobs.DEFAULT_ROOT}/)")
-    add("--json", action="store_true", help="print one JSON object on stdout; the summary goes to stderr")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def _add_mesh(parser: Parser) -> None:
@@ -214,7 +233,10 @@ def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "
     path = args.model or (table.get("path") if isinstance(table, dict) else None) or ModelConfig().path
     folder = folders.locate(str(path))
     geometry = folders.inspect(folder)
-    options = {"video": video, "model": model, "attention": attention}
+    # Only `run` can be resumed.
+    every = getattr(args, "checkpoint_every", 0)
+    job = {} if every is None else {"checkpoint_steps": every}
+    options = {"video": video, "model": model, "attention": attention, "job": job}
     config = configs.resolve(
         file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
     )
@@ -237,13 +259,27 @@ def _run(args: argparse.Namespace) -> int:
     config = _config(args, args.preset)
     mesh = _mesh(args, config)
     job = jobs.create(args.out or jobs.default_folder(config.video.prompt), config)
+    return _start(job, mesh, args.json)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    job = jobs.load(args.job)
+    if job.done:
+        raise ValueError(f"{str(args.job)!r} holds a job that is done; its video is {job.video}")
+    folders.check(job.config, folders.inspect(folders.locate(job.config.model.path)))
+    _check_device(job.config)
+    return _start(job, _mesh(args, job.config), args.json)
+
+
+def _start(job: Job, mesh: Mesh, as_json: bool) -> int:
+    """Runs a job here, or in as many processes as its mesh has ranks, and returns the exit code."""
     from semvid.launch import worker
 
     if mesh.world_size == 1:
-        return worker.report(job.folder, args.json)
+        return worker.report(job.folder, as_json)
     from semvid.launch import processes
 
-    return processes.run(job, mesh.world_size, worker.take_part, job.folder, str(mesh), args.json)
+    return processes.run(job, mesh.world_size, worker.take_part, job.folder, str(mesh), as_json)
 
 
 def _mesh(args: argparse.Namespace, config: Config) -> Mesh:

@@ -1,17 +1,23 @@
 """The process's surroundings: cores, thread settings, its seat among others, and what a result must name."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from semvid.runtime.job import StoppedError
+
 PACKAGES = ("semvid", "torch", "triton", "diffusers", "transformers", "av")
+STOPPED = 128 + signal.SIGTERM
 INTERRUPTED = "interrupted; the job folder says how far it came"
 
 
@@ -72,13 +78,28 @@ def prepare(processes: int = 1) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    # Nothing here needs NVLink multicast, and binding memory to it can leave a host's GPUs hanging.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     # Checkpoints are local folders: nothing is looked up on a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Notes SIGTERM, as machines send it that are taken back, and yields what says whether it has come."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def exit_code(program: str, work: Callable[[], int]) -> int:
     """Returns what `work` returns, or in one line what stopped it and 2 (bad input), 1 (the machine), 130 (Ctrl-C).
+
+    143 is a job that was told to stop by SIGTERM, and that has said so.
 
     Args:
         program: what stands before the line.
@@ -88,6 +109,8 @@ def exit_code(program: str, work: Callable[[], int]) -> int:
         return work()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message, code = explain(error)
+    except StoppedError:
+        return STOPPED
     except KeyboardInterrupt:
         message, code = INTERRUPTED, 130
     print(f"{program}: {message}", file=sys.stderr)

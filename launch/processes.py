@@ -1,18 +1,17 @@
 """Several processes of this machine for one job: started, watched and ended together."""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
-from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, start_processes
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 from tqdm import tqdm
 
 from semvid.launch import env, worker
@@ -25,10 +24,10 @@ Target = Callable[..., int]
 
 
 def run(job: Job, world_size: int, target: Target, *args: Any) -> int:
-    """Runs `target(*args)` in as many processes, each with torchrun's variables, and returns the exit code: 0, 1 or 2.
+    """Runs `target(*args)` in as many processes, each with torchrun's variables, and returns the exit code.
 
-    If one fails the others are ended, and its own error is what is said and logged. No process is left behind, also
-    where this one is killed.
+    It is 0, 1, 2, or 143 after SIGTERM, which is passed on to all. If one fails the others are ended, and its own error
+    is what is said and logged. No process is left behind, also where this one is killed.
 
     Args:
         job: whose events say how it ended.
@@ -42,7 +41,8 @@ def run(job: Job, world_size: int, target: Target, *args: Any) -> int:
     context = _start(world_size, (world_size, _free_port(), job, target, args))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        return _watch(context, job)
+        with _passing_on(context) as told_to_stop:
+            return _watch(context, job, told_to_stop)
     except KeyboardInterrupt:
         _end(context)
         job.sweep()
@@ -53,8 +53,6 @@ def run(job: Job, world_size: int, target: Target, *args: Any) -> int:
 
 def _start(world_size: int, given: tuple[Any, ...]) -> ProcessContext:
     """Starts the processes and returns their context; Ctrl-C is held back from here on, in them and in this one."""
-    # It warns of each process that it ends; that is no news.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     # Starting it would let Ctrl-C through again.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -63,25 +61,58 @@ def _start(world_size: int, given: tuple[Any, ...]) -> ProcessContext:
     return context
 
 
-def _watch(context: ProcessContext, job: Job) -> int:
+@contextlib.contextmanager
+def _passing_on(context: ProcessContext) -> Iterator[Callable[[], bool]]:
+    """Passes SIGTERM on to every process, and yields what says whether it has come."""
+    told = threading.Event()
+
+    def pass_on(*_: Any) -> None:
+        told.set()
+        for process in context.processes:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield told.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _watch(context: ProcessContext, job: Job, told_to_stop: Callable[[], bool]) -> int:
     """Waits for every process and returns the exit code. If one fails it ends the others.
 
     Raises:
         KeyboardInterrupt: a process was ended by Ctrl-C.
     """
-    try:
-        while not context.join():
-            pass
-    except ProcessExitedException as error:
-        if error.exit_code == -signal.SIGINT:
-            raise KeyboardInterrupt from None
-        code = error.exit_code
-        reason = f"ended with exit code {code}" if code > 0 else f"killed by {error.signal_name}"
-        if error.signal_name == "SIGKILL":
-            reason += ", as the system does where memory runs out"
-        _report_death(job, error.error_index, reason)
-        return max(1, code)
+    waiting = dict(enumerate(context.processes))
+    while waiting:
+        ready = connection.wait([process.sentinel for process in waiting.values()])
+        for rank in [rank for rank, process in waiting.items() if process.sentinel in ready]:
+            process = waiting.pop(rank)
+            process.join()
+            if process.exitcode:
+                return _after_failure(context, job, rank, process.exitcode, told_to_stop())
     return 0
+
+
+def _after_failure(context: ProcessContext, job: Job, rank: int, code: int, told_to_stop: bool) -> int:
+    """Ends the other processes, says why if the failed one could not, and returns the exit code."""
+    if code == env.STOPPED:
+        # All have come as far before the first went.
+        for process in context.processes:
+            process.join(PATIENCE_S)
+    _end(context)
+    if code == -signal.SIGINT:
+        raise KeyboardInterrupt
+    if told_to_stop and code in (-signal.SIGTERM, env.STOPPED):
+        # Where it came too early for the ranks, nobody has said so.
+        job.stop("interrupted", step=job.step)
+        return env.STOPPED
+    reason = f"ended with exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        reason += ", as the system does where memory runs out"
+    _report_death(job, rank, reason)
+    return max(1, code)
 
 
 def _report_death(job: Job, rank: int, reason: str) -> None:
@@ -96,10 +127,9 @@ def _report_death(job: Job, rank: int, reason: str) -> None:
 def _end(context: ProcessContext) -> None:
     """Ends every process that still runs and waits until it is gone."""
     for process in context.processes:
-        process.terminate()
-    for process in context.processes:
-        process.join(PATIENCE_S)
+        # SIGTERM would let it finish its step, which it can't without the others.
         process.kill()
+    for process in context.processes:
         process.join()
 
 

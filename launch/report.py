@@ -25,6 +25,10 @@ class Bar:
         if self.bar is not None:
             self.bar.close()
 
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(f"semvid: {text}", file=sys.stderr)
+
     def __call__(self, progress: Progress) -> None:
         """Shows `progress`; made to be a watcher of `generate`."""
         if self.bar is None:
@@ -51,6 +55,8 @@ def summary(job: Job, result: Result) -> list[str]:
         f"density   {density_text(result.density)}",
         f"kernels   {', '.join(f'{kind}: {name}' for kind, name in result.kernels.items())}",
     ]
+    if result.resumed_after:
+        lines.append(f"resumed   after step {result.resumed_after}; phases are those of this run, steps are all")
     if result.mesh.world_size > 1:
         lines.append(f"mesh      {result.mesh}: {result.mesh.world_size} processes")
     if result.peak_memory_bytes is not None:
@@ -88,6 +94,7 @@ def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str,
         "gpus": result.mesh.world_size,
         "encoder": result.encoder,
         "peak_memory_bytes": result.peak_memory_bytes,
+        "resumed_after_step": result.resumed_after,
         "frames_sha256": result.frames_sha256,
         **surroundings,
     }

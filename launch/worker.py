@@ -13,7 +13,7 @@ from semvid.launch import env
 from semvid.parallel import mesh as meshes
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import job as jobs
-from semvid.runtime.job import Job
+from semvid.runtime.job import Job, StoppedError
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,13 @@ PROGRAM = "semvid.launch.worker"
 SETTLE_S = 1.0
 
 
-def run(folder: Path, label: str = "", pipeline: Any = None, ranks: "Ranks | None" = None) -> tuple[Job, Any]:
+def run(
+    folder: Path,
+    label: str = "",
+    pipeline: Any = None,
+    ranks: "Ranks | None" = None,
+    told_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Job, Any]:
     """Runs the job of a folder with a progress bar on stderr and returns (Job, Result).
 
     On a rank other than 0 there is no bar, and None for the result.
@@ -34,9 +40,11 @@ def run(folder: Path, label: str = "", pipeline: Any = None, ranks: "Ranks | Non
         label: stands before the bar.
         pipeline: the loaded checkpoint, if there is one already.
         ranks: this process among those of the job; alone if absent.
+        told_to_stop: asked after each step.
 
     Raises:
-        ValueError: no job there, or its configuration does not fit the checkpoint.
+        ValueError: no job there, or its configuration does not fit the model or its own checkpoint.
+        StoppedError: the job was told to stop.
     """
     env.prepare()
     from semvid.launch.report import Bar
@@ -46,18 +54,22 @@ def run(folder: Path, label: str = "", pipeline: Any = None, ranks: "Ranks | Non
     models.quiet()
     job = jobs.load(folder)
     if ranks is not None and ranks.rank > 0:
-        return job, generate(job, pipeline=pipeline, ranks=ranks)
+        return job, generate(job, pipeline=pipeline, ranks=ranks, told_to_stop=told_to_stop)
     with Bar(label) as bar:
-        return job, generate(job, bar, pipeline, ranks)
+        return job, generate(job, bar, pipeline, ranks, say=bar.say, told_to_stop=told_to_stop)
 
 
 def report(folder: Path, as_json: bool, ranks: "Ranks | None" = None) -> int:
     """Runs the job of a folder, prints the summary and with `as_json` one JSON object on rank 0, and returns 0.
 
+    SIGTERM lets the step end and a checkpoint be written.
+
     Raises:
         ValueError: as `run`.
+        StoppedError: likewise.
     """
-    job, result = run(folder, ranks=ranks)
+    with env.told_to_stop() as told:
+        job, result = run(folder, ranks=ranks, told_to_stop=told)
     if result is None:
         return 0
     from semvid.launch import report as reports
@@ -115,7 +127,7 @@ def resolve_mesh(text: str | None, world_size: int, *, guided: bool, hosts: Sequ
 
 
 def guarded(program: str, job: Job, rank: int, work: Callable[[], int]) -> int:
-    """Returns what `work` returns, or the exit code of what stopped this rank: 2 (bad input), 1, or 130 (Ctrl-C).
+    """Returns what `work` returns, or the exit code of what stopped this rank: 2 (bad input), 1, 130 (Ctrl-C) or 143.
 
     The first rank that fails says why, on stderr and in the job's events. The others' errors follow from the first,
     and they stay silent.
@@ -129,6 +141,8 @@ def guarded(program: str, job: Job, rank: int, work: Callable[[], int]) -> int:
     try:
         try:
             return work()
+        except StoppedError:
+            return env.STOPPED
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must end too
             return _fail(f"{program}: rank {rank}", job, rank, error)
     except KeyboardInterrupt:
@@ -190,7 +204,8 @@ def _own_device(name: str, local_rank: int) -> "torch.device":
 
 def main() -> int:
     """Runs as a program; returns the exit code."""
-    parser = ArgumentParser(PROGRAM, description="Run the job.toml of a job folder.", allow_abbrev=False)
+    about = "Run the job.toml of a job folder, from its newest checkpoint if it has one and is not done."
+    parser = ArgumentParser(PROGRAM, description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--job", type=Path, required=True, metavar="DIR", help="the job folder")
     add("--mesh", metavar="AXES", help="by torchrun: cfg=2,ring=1,ulysses=2 (default: what serves the ranks best)")

@@ -1,6 +1,7 @@
 """This process among the ranks of its job: where it is on the mesh, and the groups it talks to."""
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from semvid.parallel.collectives import Group
+from semvid.parallel.collectives import Group, all_gather
 from semvid.parallel.mesh import Mesh, Place, check
 
 
@@ -33,6 +34,21 @@ class Ranks:
     def shard(self) -> int:
         """The number of this rank's shard."""
         return self.place.sequence(self.mesh)
+
+    def largest(self, values: Sequence[int], device: torch.device) -> list[int]:
+        """Returns the largest of each value over all ranks. Every rank must enter; waits for the device.
+
+        Args:
+            values: as many on every rank.
+            device: one that the groups exchange tensors on.
+        """
+        if self.mesh.world_size == 1:
+            return list(values)
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        for group in (self.cfg, self.sequence):
+            mine = all_gather(mine, group).amax(0)
+        found: list[int] = mine.tolist()
+        return found
 
 
 def connect(mesh: Mesh) -> Ranks:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Plan
-from semvid.parallel.exchange import Exchange
+from semvid.parallel.exchange import Counts, Exchange
+from semvid.parallel.maps import pack_bits
 
 
 class Memory(NamedTuple):
@@ -17,9 +18,18 @@ class Memory(NamedTuple):
     density: Tensor
     """fp32 [H]: the share of token pairs that are computed, over all ranks."""
     plans: list[Plan]
-    """What this rank computes: one plan where it has the whole sequence, else one for each hop of the exchange."""
+    """What this rank computes: one plan where it has the whole sequence, else one for each hop of the exchange. None
+    yet where the memory comes from a checkpoint."""
     exchange: Exchange | None = None
     """Which rows go where; None where the sequence is whole."""
+    bits: Tensor | None = None
+    """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads; None where the plan has it."""
+    counts: Counts | None = None
+    """What an exchange is planned from, where the memory comes from a checkpoint."""
+
+    def map_bits(self) -> Tensor:
+        """Returns the map of all heads, uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first lowest."""
+        return pack_bits(self.plans[0].block_map.selected) if self.bits is None else self.bits
 
 
 @dataclass(slots=True)

@@ -97,6 +97,16 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """How the job is run. None of it changes the video."""
+
+    checkpoint_steps: int = 10
+    """A checkpoint is written after every so many denoising steps; 0: there are no checkpoints at all."""
+    checkpoint_seconds: float = 300.0
+    """And after the first step that ends so many seconds after the last one; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """A whole job, resolved."""
 
@@ -104,6 +114,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def presets() -> list[str]:
@@ -163,7 +174,7 @@ def resolve(
         ValueError: an unknown key, a wrong type or a value outside what is accepted; the message names the option.
     """
     file = dict(file or {})
-    for table in ("model", "video", "attention"):
+    for table in ("model", "video", "attention", "job"):
         # Said here, before the layers are laid over each other and this value is lost.
         _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")
     if preset is not None:
@@ -198,6 +209,10 @@ def check(config: Config) -> None:
     _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
     _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
     _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
+    job = config.job
+    _require(job.checkpoint_steps >= 0, "job.checkpoint_steps", job.checkpoint_steps, "0 or more; 0 is never")
+    seconds = job.checkpoint_seconds
+    _require(math.isfinite(seconds) and seconds >= 0, "job.checkpoint_seconds", seconds, "0 or more; 0 is never")
     share = attention.dense_steps
     _require(0 <= share <= 1, "attention.dense_steps", share, "0 .. 1, a share of the steps")
     _require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")

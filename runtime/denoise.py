@@ -1,7 +1,7 @@
 """From prompt to frames in three parts: encode, the denoising loop step by step, decode.
 
-The loop is WanPipeline's own, written out, so that a step can be watched, stopped after and (later) resumed at; it
-gives the same latents bit for bit.
+The loop is WanPipeline's own, written out, so that a step can be watched, stopped after and resumed at; it gives
+the same latents bit for bit. After the start it draws no random number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,6 +36,14 @@ class Denoising:
     guidance: float
     ranks: Ranks = field(default_factory=Ranks)
     """Says which branch this rank runs; all of them unless the mesh parts them."""
+    step: int = 0
+    """Steps done."""
+
+    @property
+    def branches(self) -> list[str]:
+        """The names of the branches that this rank runs."""
+        names = ["cond"] if self.negative_prompt is None else ["cond", "uncond"]
+        return [names[self.ranks.place.cfg]] if self.ranks.mesh.cfg > 1 else names
 
 
 @torch.no_grad()
@@ -90,13 +98,16 @@ def start(pipeline: Any, video: VideoConfig, ranks: Ranks | None = None) -> Deno
 
 
 def steps(pipeline: Any, state: Denoising) -> Iterator[int]:
-    """Runs one denoising step per item and yields its index, 0 .. steps - 1; `state.latents` is the step's result.
+    """Runs one denoising step per item and yields its index, .. steps - 1; `state.latents` is the step's result.
 
-    Every rank of the job must run every step. The result has the same bits on all of them.
+    The first is `state.step`. Every rank of the job must run every step. The result has the same bits on all of them.
     """
     for step, timestep in enumerate(state.timesteps):
+        if step < state.step:
+            continue
         with torch.no_grad():
             state.latents = _step(pipeline, state, step, timestep)
+        state.step = step + 1
         yield step
 
 
@@ -135,19 +146,14 @@ def _step(pipeline: Any, state: Denoising, step: int, timestep: Tensor) -> Tenso
 
 def _predict(model: Any, state: Denoising, timestep: Tensor, context: dict[str, Any]) -> Sequence[Tensor]:
     """Returns the prediction of the conditional branch, then that of the unconditional one if there is guidance."""
-    branches = [("cond", state.prompt)]
-    if state.negative_prompt is not None:
-        branches.append(("uncond", state.negative_prompt))
-    parted = state.ranks.mesh.cfg > 1
-    if parted:
-        branches = [branches[state.ranks.place.cfg]]
-    mine = [_forward(model, state, prompt, timestep, branch, context) for branch, prompt in branches]
+    prompts = {"cond": state.prompt, "uncond": state.negative_prompt}
+    mine = [_forward(model, state, prompts[branch], timestep, branch, context) for branch in state.branches]
     # Every rank of the job enters, each with its branch; one that does not keeps the others waiting.
-    return all_gather(mine[0].contiguous(), state.ranks.cfg).unbind() if parted else mine
+    return all_gather(mine[0].contiguous(), state.ranks.cfg).unbind() if state.ranks.mesh.cfg > 1 else mine
 
 
 def _forward(
-    model: Any, state: Denoising, prompt: Tensor, timestep: Tensor, branch: str, context: dict[str, Any]
+    model: Any, state: Denoising, prompt: Tensor | None, timestep: Tensor, branch: str, context: dict[str, Any]
 ) -> Tensor:
     with model.cache_context(branch, **context):
         noise: Tensor = model(

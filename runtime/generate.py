@@ -1,4 +1,7 @@
-"""Runs one job from its configuration to its files: load, encode, denoise, decode, write."""
+"""Runs one job from its configuration to its files: load, encode, denoise, decode, write.
+
+A job that was stopped goes on from its newest whole checkpoint.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,10 +13,14 @@ from torch import Tensor
 
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
-from semvid.runtime import denoise, folder, models, video
-from semvid.runtime.job import Job
+from semvid.runtime import checkpoint, denoise, folder, models, parts, video
+from semvid.runtime.checkpoint import Checkpoint
+from semvid.runtime.denoise import Denoising
+from semvid.runtime.job import Job, StoppedError
 from semvid.runtime.metrics import Density, Frames
 from semvid.runtime.models import Sparsified
+from semvid.runtime.session import resolve_device
+from semvid.runtime.writer import Writer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +54,12 @@ class Result:
     """Of the GPU's allocator, on rank 0; None on a CPU."""
     mesh: Mesh
     """How the ranks of the job shared it."""
+    resumed_after: int
+    """Steps that were done before this run; 0: it began at the first."""
 
     @property
     def seconds_per_step(self) -> float:
-        """Median over the steps."""
+        """Median over all steps, those of earlier runs too."""
         return float(torch.tensor(self.step_seconds, dtype=torch.float64).median())
 
 
@@ -58,11 +67,18 @@ Watcher = Callable[[Progress], None]
 
 
 def generate(
-    job: Job, watch: Watcher = lambda _: None, pipeline: Any = None, ranks: Ranks | None = None
+    job: Job,
+    watch: Watcher = lambda _: None,
+    pipeline: Any = None,
+    ranks: Ranks | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """Runs `job`, writes its events, video and contact sheet, and returns what it made; None on a rank other than 0.
 
-    Every rank of the job must enter. All of them denoise; rank 0 alone decodes and writes.
+    Every rank of the job must enter. All of them denoise and write checkpoints; rank 0 alone decodes and writes the
+    video. If the job is not done and has a checkpoint it goes on from there, on whatever ranks there are.
 
     Args:
         job: a folder with its configuration, the same on every rank.
@@ -70,18 +86,24 @@ def generate(
         pipeline: the loaded checkpoint, to save loading it again; loaded from the configuration if absent.
         ranks: this process among those of the job; alone if absent. With several the caller logs what stops the job,
             since here nobody knows which rank was the first to fail.
+        say: given lines that a person should read: where the job goes on, which checkpoint is damaged.
+        told_to_stop: asked after each step; where one rank says so, all end with a checkpoint.
 
     Raises:
-        ValueError: the configuration does not fit the checkpoint.
+        ValueError: the configuration does not fit the model, or a checkpoint is of another configuration or model.
+        OSError: a file, such as a checkpoint, can't be written.
+        StoppedError: the job was told to stop; its state is then "interrupted".
         KeyboardInterrupt: passed on; the job's state is then "cancelled".
     """
     # Here and not only on the command line: whoever starts a job, a size that does not fit is never changed silently.
     folder.check(job.config, folder.inspect(folder.locate(job.config.model.path)))
-    run = _Run(job, watch, ranks or Ranks())
+    run = _Run(job, watch, ranks or Ranks(), say, told_to_stop)
+    found = run.find()
     run.log("start", state="running", mesh=str(run.ranks.mesh), world_size=run.ranks.mesh.world_size)
     try:
-        result = run.all(pipeline)
+        result = run.all(pipeline, found)
     except BaseException as error:
+        run.writer.abandon()
         if run.ranks.mesh.world_size == 1:
             _log_stop(run, error)
         raise
@@ -91,6 +113,9 @@ def generate(
 
 
 def _log_stop(run: "_Run", error: BaseException) -> None:
+    if isinstance(error, StoppedError):
+        # Said already.
+        return
     if isinstance(error, KeyboardInterrupt):
         run.job.stop("cancelled", step=run.step)
     else:
@@ -100,12 +125,22 @@ def _log_stop(run: "_Run", error: BaseException) -> None:
 class _Run:
     """One pass of one rank through the phases; keeps the clock and the step."""
 
-    def __init__(self, job: Job, watch: Watcher, ranks: Ranks) -> None:
+    def __init__(
+        self, job: Job, watch: Watcher, ranks: Ranks, say: Callable[[str], None], told_to_stop: Callable[[], bool]
+    ) -> None:
         self.job = job
         self.watch = watch
         self.ranks = ranks
+        self.say = say
+        self.told_to_stop = told_to_stop
         self.leads = ranks.rank == 0
+        self.device = resolve_device(job.config.model.device)
         self.on_gpu = False
+        self.identity = checkpoint.describe(job.config)
+        self.writer = Writer(job.checkpoints, ranks, self._log_checkpoint)
+        self.saved_at = time.monotonic()
+        self.stall_s = 0.0
+        self.resumed_after = 0
         self.step = 0
         self.phase_seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
@@ -114,7 +149,23 @@ class _Run:
         if self.leads:
             self.job.log(event, **values)
 
-    def all(self, pipeline: Any) -> Result | None:
+    def find(self) -> Checkpoint | None:
+        """Returns the checkpoint to go on from, the same on every rank; every one must enter."""
+        root, found = self.job.checkpoints, None
+        if self.leads:
+            parts.sweep(root)
+            again = not self.job.done and any(event["event"] == "start" for event in self.job.events())
+            found = checkpoint.newest(root, self._report_damage) if again else None
+            if again and found is None:
+                self.say("there is no checkpoint; it begins at the first step")
+        if found is not None:
+            checkpoint.check_fits(found, self.identity)
+        (step,) = self.ranks.largest([0 if found is None else found.step], self.device)
+        if self.leads or step == 0:
+            return found
+        return Checkpoint(root, step, parts.read_manifest(root / parts.name_of(step)))
+
+    def all(self, pipeline: Any, found: Checkpoint | None) -> Result | None:
         config = self.job.config
         if pipeline is None:
             pipeline = self._phase("load", lambda: models.load_pipeline(folder.locate(config.model.path), config.model))
@@ -125,12 +176,16 @@ class _Run:
             torch.cuda.reset_peak_memory_stats()
         try:
             state = self._phase("encode", lambda: denoise.start(pipeline, config.video, self.ranks))
+            if found is not None:
+                self._resume(pipeline, handle, state, found)
             self._phase("denoise", lambda: self._denoise(pipeline, handle, state))
             denoise.finish(pipeline)
             density = handle.density()
         finally:
             handle.remove()
-        return self._finish(pipeline, handle, state.latents, density) if self.leads else None
+        result = self._finish(pipeline, handle, state.latents, density) if self.leads else None
+        self.writer.join()
+        return result
 
     def _finish(self, pipeline: Any, handle: Sparsified, latents: Tensor, density: Density) -> Result:
         frames = self._phase("decode", lambda: denoise.decode(pipeline, latents))
@@ -147,6 +202,7 @@ class _Run:
             device=pipeline.device.type,
             peak_memory_bytes=self._peak_memory(),
             mesh=self.ranks.mesh,
+            resumed_after=self.resumed_after,
         )
 
     def _phase(self, name: str, work: Callable[[], Any]) -> Any:
@@ -158,7 +214,60 @@ class _Run:
         self.phase_seconds[name] = round(time.perf_counter() - begin, 4)
         return result
 
-    def _denoise(self, pipeline: Any, handle: Sparsified, state: denoise.Denoising) -> None:
+    def _resume(self, pipeline: Any, handle: Sparsified, state: Denoising, found: Checkpoint) -> None:
+        """Puts the state of a checkpoint into a job that has just been started."""
+        checkpoint.restore(found, handle.session, pipeline.scheduler, state)
+        self.step = self.resumed_after = found.step
+        self.step_seconds = found.step_seconds
+        self.log("resume", step=found.step)
+        if self.leads:
+            self.say(f"goes on after step {found.step} of {self.job.config.video.steps}")
+
+    def _keep(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density) -> None:
+        """Writes a checkpoint, in the background, if it is time; ends the run if it was told to stop."""
+        self.writer.check()
+        due, stop = self._wanted()
+        if due:
+            begin = time.perf_counter()
+            self.writer.join()
+            tensors, scheduler = checkpoint.capture(handle.session, pipeline.scheduler, state)
+            body = checkpoint.manifest(
+                self.step, self.identity, scheduler, density, [*self.step_seconds], str(self.ranks.mesh)
+            )
+            self.stall_s, self.saved_at = time.perf_counter() - begin, time.monotonic()
+            self.writer.submit(self.step, tensors, body)
+        if stop:
+            self.writer.join()
+            place = f"after step {self.step}" if due else "from the beginning, without checkpoints,"
+            line = f"told to stop; it goes on {place} with: semvid resume {self.job.folder}"
+            if self.leads:
+                self.job.stop("interrupted", step=self.step)
+                self.say(line)
+            # No rank leaves before all are here: the first that does is the end of all.
+            self.ranks.largest([0], self.device)
+            raise StoppedError(line)
+
+    def _wanted(self) -> tuple[bool, bool]:
+        """Returns whether to write a checkpoint now, and whether to stop; the same on every rank, which all enter."""
+        options = self.job.config.job
+        # One clock decides.
+        waited = self.leads and 0 < options.checkpoint_seconds <= time.monotonic() - self.saved_at
+        waited, stop = map(bool, self.ranks.largest([waited, self.told_to_stop()], self.device))
+        if options.checkpoint_steps == 0:
+            return False, stop
+        return waited or stop or self.step % options.checkpoint_steps == 0, stop
+
+    def _log_checkpoint(self, step: int, size: int, seconds: float) -> None:
+        self.log("checkpoint", step=step, bytes=size, seconds=round(seconds, 4), stall_seconds=round(self.stall_s, 4))
+
+    def _report_damage(self, name: str, reason: str) -> None:
+        self.log("damaged", checkpoint=name, reason=reason)
+        self.say(f"checkpoint {name} is damaged and passed over: {reason}")
+
+    def _denoise(self, pipeline: Any, handle: Sparsified, state: Denoising) -> None:
+        if self.job.config.job.checkpoint_steps:
+            # What can't be held in a checkpoint is refused here and not after many steps.
+            checkpoint.scheduler_state(pipeline.scheduler)
         steps = self.job.config.video.steps
         before, begin = handle.density(), time.perf_counter()
         for step in denoise.steps(pipeline, state):
@@ -169,6 +278,7 @@ class _Run:
             self.step_seconds.append(seconds)
             self._log_step(seconds, now.minus(before))
             self.watch(Progress(phase="denoise", step=self.step, steps=steps, seconds=seconds))
+            self._keep(pipeline, handle, state, now)
             before, begin = now, time.perf_counter()
 
     def _log_step(self, seconds: float, density: Density) -> None:
@@ -199,6 +309,7 @@ class _Run:
 
 def _kernels(handle: Sparsified, density: Density) -> dict[str, str]:
     """Returns which kernels did the dense and the sparse calls, where there were any."""
-    kernels = {"dense": "diffusers", "sparse": handle.kernels}
+    sharded = handle.session.ranks.mesh.sequence > 1
+    kernels = {"dense": "PyTorch's" if sharded else "diffusers", "sparse": handle.kernels}
     counts = asdict(density)
     return {kind: name for kind, name in kernels.items() if counts[f"{kind}_calls"]}

@@ -1,6 +1,7 @@
-"""A job is a folder: job.toml (resolved), events.jsonl (progress), video.mp4, contact.png. Needs no torch."""
+"""A job is a folder: job.toml (resolved), events.jsonl (progress), checkpoint/, video.mp4, contact.png. No torch."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,11 @@ from typing import Any
 from semvid.runtime.config import Config, resolved, to_toml
 
 DEFAULT_ROOT = Path("semvid-jobs")
+STOPPED = ("failed", "cancelled", "interrupted")
+
+
+class StoppedError(Exception):
+    """The job was told to stop, and has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,11 @@ class Job:
         return self.folder / "video.mp4"
 
     @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints are."""
+        return self.folder / "checkpoint"
+
+    @property
     def contact(self) -> Path:
         """Where the contact sheet is, once the job is done."""
         return self.folder / "contact.png"
@@ -40,17 +51,17 @@ class Job:
             file.write(line + "\n")
 
     def stop(self, state: str, **values: Any) -> bool:
-        """Appends the event that ends a run and returns True, or returns False where it has failed or was cancelled.
+        """Appends the event that ends a run and returns True, or returns False where it was stopped before.
 
         Of several ranks that stop at once one alone gets True.
 
         Args:
-            state: done, failed or cancelled.
+            state: done, failed, cancelled or interrupted.
             values: what else the event says.
         """
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if self.state in ("failed", "cancelled"):
+            if self.state in STOPPED:
                 return False
             self.log("stop", state=state, **values)
             return True
@@ -71,14 +82,20 @@ class Job:
 
     @property
     def state(self) -> str:
-        """queued, running, done, failed or cancelled, by the last event that names a state."""
+        """queued, running, done, failed, cancelled or interrupted, by the last event that names a state."""
         return next((e["state"] for e in reversed(list(self.events())) if "state" in e), "queued")
+
+    @property
+    def done(self) -> bool:
+        """Whether the last run that began has made the video."""
+        ends = (event for event in reversed(list(self.events())) if event["event"] in ("start", "stop"))
+        return any(event["state"] == "done" for event in itertools.islice(ends, 1))
 
     @property
     def step(self) -> int:
         """Denoising steps done in the current or last run."""
         for event in reversed(list(self.events())):
-            if event["event"] in ("start", "step"):
+            if event["event"] in ("start", "resume", "step"):
                 return int(event.get("step", 0))
         return 0
 

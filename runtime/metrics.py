@@ -72,6 +72,11 @@ class DensityMeter:
         total, sparse_calls, dense_calls = all_gather(mine, group).sum(0).tolist()
         return Density(total / sparse_calls if sparse_calls else 1.0, int(sparse_calls), int(dense_calls))
 
+    def resume(self, density: Density) -> None:
+        """Counts on from the calls of an earlier run."""
+        self.total = torch.tensor(density.sparse * density.sparse_calls, dtype=torch.float64)
+        self.sparse_calls, self.dense_calls = density.sparse_calls, density.dense_calls
+
     def reset(self) -> None:
         """Forgets all calls."""
         self.total, self.sparse_calls, self.dense_calls = None, 0, 0

@@ -58,6 +58,7 @@ class Sparsified:
             if self.session.ranks.mesh.sequence > 1:
                 unshard_transformer(self.pipeline.transformer)
         self._stock = []
+        self.session.windows = None
         self.session.reset()
 
 

@@ -1,5 +1,6 @@
 """The state of one job on one pipeline: where the denoising loop is, what it remembers, what it has counted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +11,9 @@ from semvid.parallel.itinerary import Placement
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import Windows
-from semvid.runtime.cache import Cache
+from semvid.runtime.cache import Cache, Memory
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.metrics import DensityMeter
+from semvid.runtime.metrics import Density, DensityMeter
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,22 @@ class Session:
         """Forgets clusters, position and counts."""
         self.finish()
         self.meter.reset()
+
+    def resume(self, step: int, steps: int, memories: Mapping[tuple[int, str], Memory], density: Density) -> None:
+        """Takes the state of a job after `step` of `steps` steps; the next forward pass goes on from it.
+
+        Args:
+            step: steps done, 1 or more.
+            steps: of the job.
+            memories: of every layer and branch that this rank runs.
+            density: of the job so far, over all branches.
+        """
+        self.reset()
+        self.position = Position(step - 1, steps, "")
+        self.cache.memories.update(memories)
+        # What the job has counted is counted once, whoever runs which branch from here on.
+        if self.ranks.place.cfg == 0:
+            self.meter.resume(density)
 
     def here(self) -> Position:
         """Returns the current position.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.dense import dense_pieces
-from semvid.kernels.layout import BlockMap, Permutation
+from semvid.kernels.layout import BlockMap, Clusters, Permutation, Plan
 from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
 from semvid.parallel.kmeans import random_tokens, refine
-from semvid.parallel.maps import gather_map
+from semvid.parallel.maps import GlobalMap, gather_map
 from semvid.parallel.phases import phase
 from semvid.parallel.ring import Attend, attend_exchanged, attend_through_windows
 from semvid.parallel.shard import Shard
@@ -48,6 +48,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory = _refresh(q, k, v, session, layer, todo)
         session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
+    if not memory.plans:
+        memory = _plan_again(q, k, v, session, memory)
+        session.cache.put(layer, branch, memory)
     session.meter.count_sparse(memory.density)
     if memory.exchange is not None:
         plans = memory.plans
@@ -87,6 +90,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor
 
 def _across(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, attend: Attend, session: Session) -> Tensor:
     """Returns attention across the ranks that share the sequence, by the fastest way they have, [H, n, D]."""
+    if exchange.layouts != (layout(q), layout(k), layout(v)):
+        raise ValueError("q, k or v lies otherwise in memory than when the clusters were made; reset() begins anew")
     if exchange.direct:
         assert session.windows is not None
         return attend_through_windows(q, k, v, exchange, attend, session.ops, session.windows)
@@ -105,13 +110,35 @@ def _refresh(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo
         with phase("plan"):
             return Memory(queries, keys, density, [ops.plan(q_runs, k_runs, block_map)])
     whole = gather_map(queries, keys, config.p, config.floor, ops, ranks)
-    orders = queries.permutation, keys.permutation
+    exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
+    return Memory(queries, keys, whole.density(), plans, exchange, whole.bits)
+
+
+def _plan_across(
+    q: Tensor, k: Tensor, v: Tensor, session: Session, whole: GlobalMap, queries: Clusters, keys: Clusters
+) -> tuple[Exchange, list[Plan]]:
+    """Returns the exchange of a map and what this rank computes of it, hop by hop."""
+    ops, orders = session.ops, (queries.permutation, keys.permutation)
     with phase("plan"):
         layouts, direct = (layout(q), layout(k), layout(v)), session.windows is not None
-        exchange = plan_exchange(whole.counts, orders, layouts, ranks, ops, session.place_work, direct=direct)
+        exchange = plan_exchange(whole.counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
-        plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
-    return Memory(queries, keys, whole.density(), plans, exchange)
+        return exchange, [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+
+
+def _plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
+    """Returns a memory from a checkpoint with what follows from its labels and map; no collective."""
+    ops, (queries, keys) = session.ops, memory[:2]
+    Ck = keys.centroids.shape[1]
+    assert memory.bits is not None, "a checkpoint has the map"
+    if memory.counts is not None:
+        whole = GlobalMap(memory.bits, Ck, memory.counts)
+        exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
+        return memory._replace(plans=plans, exchange=exchange, counts=None)
+    with phase("plan"):
+        block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
+        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
+    return memory._replace(plans=[plan], bits=None)
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:

@@ -72,7 +72,7 @@ CONFIGS = [
         "attention.key_clusters is 1621; accepted: 1 .. 1620, the tokens of this video",
     ),
     ("[attention]\nfloors = 1", "unknown option 'attention.floors'; accepted: "),
-    ("[vido]\n", "unknown option 'vido'; accepted: preset, model, video, attention; did you mean 'video'?"),
+    ("[vido]\n", "unknown option 'vido'; accepted: preset, model, video, attention, job; did you mean 'video'?"),
     ("p = = 2", "which is no valid TOML"),
     ("model = 3", "model is 3; accepted: a table"),
 ]

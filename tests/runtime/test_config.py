@@ -53,6 +53,21 @@ def test_fixed_counts_override_the_table_and_may_not_exceed_the_tokens() -> None
         cluster_counts(attention, 99)
 
 
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"checkpoint_steps": -1}, "job.checkpoint_steps is -1; accepted: 0 or more"),
+        ({"checkpoint_seconds": -0.5}, "job.checkpoint_seconds is -0.5; accepted: 0 or more"),
+        ({"checkpoint_steps": 2.5}, "job.checkpoint_steps is 2.5; accepted: a whole number"),
+        ({"checkpoints": 2}, "unknown option 'job.checkpoints'; accepted: checkpoint_steps, checkpoint_seconds"),
+    ],
+)
+def test_checkpoints_that_cannot_be_are_refused(job: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolved(job=job)
+    assert resolved(job={"checkpoint_steps": 0, "checkpoint_seconds": 0}).job.checkpoint_steps == 0
+
+
 def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
     config = resolved(attention={"query_clusters": 3, "p": 1.0}, video={"guidance": 2})
     (tmp_path / "job.toml").write_text(configs.to_toml(config))

@@ -1,0 +1,112 @@
+"""Writes checkpoints in a thread, beside the next step: each rank its part, rank 0 the manifest, once all are there."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from semvid.parallel.ranks import Ranks
+from semvid.runtime import parts
+
+PATIENCE_S = 600.0
+POLL_S = 0.02
+
+Told = Callable[[int, int, float], None]
+"""Given the step, bytes and seconds of a checkpoint that is whole."""
+
+
+class Writer:
+    """One checkpoint at a time; the next waits for it. What goes wrong in the thread is raised at the next call.
+
+    The thread enters no collective: rank 0 sees in the folder which parts are there.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks, told: Told = lambda *_: None) -> None:
+        self.root = root
+        self.ranks = ranks
+        self.told = told
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._abandoned = threading.Event()
+
+    def submit(self, step: int, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+        """Starts writing the checkpoint after `step` steps and returns.
+
+        Args:
+            step: steps done.
+            tensors: this rank's part, in host memory; nobody may change them.
+            body: rank 0's manifest but for the parts.
+
+        Raises:
+            OSError: of the checkpoint before.
+        """
+        self.join()
+        self._thread = threading.Thread(target=self._work, args=(step, tensors, body), daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what went wrong so far, if anything; does not wait."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.join()
+
+    def join(self) -> None:
+        """Waits until what was submitted is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def abandon(self) -> None:
+        """Waits for the own part alone; a checkpoint that lacks others' parts never becomes one. Raises nothing."""
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, step: int, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+        try:
+            self._write(step, tensors, body)
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+            self._error = error
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+        begin, rank = time.perf_counter(), self.ranks.rank
+        folder = parts.temporary(self.root, step)
+        path = folder / f"rank-{rank:04d}.safetensors"
+        try:
+            own = parts.write_tensors(path, tensors)
+        except OSError:
+            # A full disk: at least what is of no use goes.
+            with contextlib.suppress(OSError):
+                path.unlink()
+                folder.rmdir()
+            raise
+        parts.write_record(folder, rank, own)
+        if rank > 0:
+            return
+        found = self._gather(folder)
+        if found is None:
+            return
+        parts.write_manifest(folder, {**body, "parts": [part._asdict() for part in found]})
+        parts.commit(self.root, step)
+        self.told(step, sum(part.bytes for part in found), time.perf_counter() - begin)
+
+    def _gather(self, folder: Path) -> list[parts.Part] | None:
+        """Returns every rank's part once all are written; None if this run ends before."""
+        patience, world_size = time.monotonic() + PATIENCE_S, self.ranks.mesh.world_size
+        while (found := parts.take_records(folder, world_size)) is None:
+            if self._abandoned.wait(POLL_S):
+                return None
+            if time.monotonic() > patience:
+                raise TimeoutError(f"{folder} lacks parts of some of {world_size} ranks after {PATIENCE_S:.0f} s")
+        return found
