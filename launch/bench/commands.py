@@ -41,7 +41,7 @@ def add_layer(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add("--collective", action="store_true", help=text)
     add("--usp", action="store_true", help="time xfuser's dense USP too (pip install 'semvid[xdit]')")
     add("--seed", type=int, metavar="N", default=default.seed, help="of the inputs (default: %(default)s)")
-    text = f"where layer.json goes (default: a new folder in {jobs.DEFAULT_ROOT}/)"
+    text = f"where layer.json and its plot go (default: a new folder in {jobs.DEFAULT_ROOT}/)"
     add("--out", metavar="DIR", type=Path, help=text)
     add("--json", action="store_true", help="print one JSON object on stdout; the table goes to stderr")
 

@@ -1,5 +1,6 @@
 """`semvid bench layer`: one attention layer, and the block around it, on 1, 2, 4, … GPUs, phase by phase."""
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -16,7 +17,23 @@ from semvid.launch.bench import layer_rank
 from semvid.launch.bench.options import SHAPES, LayerOptions, Shape
 from semvid.parallel import xdit
 
-RESULT = "layer.json"
+RESULT, PLOT = "layer.json", "layer.png"
+# Which cases the plot shows; the host's time stands inside a phase of the device.
+DRAWN = ("refresh", "reuse", "refresh, contiguous", "refresh, ring")
+HIDDEN = ("plan on host",)
+COLOURS = [
+    "#4c78a8",
+    "#9ecae9",
+    "#f2cf5b",
+    "#b79a20",
+    "#e45756",
+    "#54a24b",
+    "#88d27a",
+    "#bab0ac",
+    "#b279a2",
+    "#ff9da6",
+    "#6b4c3b",
+]
 
 
 def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -49,7 +66,47 @@ def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]
             found["worlds"][str(world)] = _world(shape, world, options)
             found["scaling"] = _scaling(found["worlds"])
             (folder / RESULT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report, [*_lines(report), "", f"results  {folder / RESULT}"]
+    problem = plot(report, folder / PLOT)
+    return report, [*_lines(report), *([problem] if problem else []), "", f"results  {folder / RESULT}"]
+
+
+def plot(report: Mapping[str, Any], path: Path) -> str | None:
+    """Writes a PNG: where the time of a call goes, phase by phase, on each number of GPUs.
+
+    Returns:
+        Why there is none, with the command that brings what is missing; None if it was written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no plot: matplotlib is missing (pip install matplotlib)"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    shapes = report["shapes"]
+    figure = Figure(figsize=(4.4 * len(shapes), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(1, len(shapes), squeeze=False)[0]
+    bars = [[(f"{world} x {row['name']}", row) for world, found in shape["worlds"].items() for row in found["rows"]
+             if row["name"] in DRAWN] for shape in shapes]  # fmt: skip
+    names = dict.fromkeys(name for drawn in bars for _, row in drawn for name in row["phases_ms"] if name not in HIDDEN)
+    colours = dict(zip(names, COLOURS * 2, strict=False))
+    for axes, shape, drawn in zip(plots, shapes, bars, strict=True):
+        for place, (_, row) in enumerate(drawn):
+            bottom = 0.0
+            for name, ms in row["phases_ms"].items():
+                if name not in HIDDEN:
+                    axes.bar(place, ms, bottom=bottom, color=colours[name])
+                    bottom += ms
+            axes.annotate(f"{row['median_ms']:.1f}", (place, bottom), ha="center", va="bottom", fontsize=8)
+        axes.set_xticks(range(len(drawn)), [label for label, _ in drawn], rotation=30, ha="right", fontsize=8)
+        axes.set_title(shape["shape"], fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    plots[0].set_ylabel("ms of a call on rank 0 (number: median of the slowest rank)", fontsize=8)
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.suptitle(f"{report['device']}, torch {report['versions']['torch']}, commit {report['commit']}", fontsize=9)
+    figure.savefig(path, dpi=90)
+    return None
 
 
 def _check_gpus(most: int) -> None:

@@ -34,6 +34,7 @@ def test_cases_of_one_and_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert len(row["phases_ms_of_ranks"]) == len(row["sent_bytes_of_ranks"]) == 2
             assert {"attend", "exchange", "return"} <= set(row["phases_ms"])
     assert "2 x  refresh, ring" in err
+    assert (tmp_path / "layer.png").is_file() or "matplotlib is missing" in err
 
 
 @pytest.mark.parametrize(
