@@ -56,8 +56,14 @@ def _start(world_size: int, given: tuple[Any, ...]) -> ProcessContext:
     # Starting it would let Ctrl-C through again.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # Daemons: Python ends them with this process, however it goes.
-    context: ProcessContext = start_processes(_rank, given, world_size, join=False, daemon=True, start_method="spawn")
+    try:
+        # Daemons: Python ends them with this process, however it goes.
+        context: ProcessContext = start_processes(
+            _rank, given, world_size, join=False, daemon=True, start_method="spawn"
+        )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        raise
     return context
 
 
