@@ -1,11 +1,13 @@
 """`semvid bench layer` on gloo processes: every case is checked, timed by all ranks and reported."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 from semvid.launch import cli
+from semvid.launch.bench import layer
 
 CASES = {"refresh", "reuse", "dense", "block, refresh", "block, reuse", "block, dense"}
 
@@ -35,6 +37,28 @@ def test_cases_of_one_and_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert {"attend", "exchange", "return"} <= set(row["phases_ms"])
     assert "2 x  refresh, ring" in err
     assert (tmp_path / "layer.png").is_file() or "matplotlib is missing" in err
+
+
+def made_up_report() -> dict[str, object]:
+    rows = [
+        {"name": name, "median_ms": 3.1, "phases_ms": {"plan on host": 0.5, "plan": 1.0, "attend": 2.0}}
+        for name in ("refresh", "dense")
+    ]
+    shapes = [{"shape": name, "worlds": {"1": {"rows": rows}, "2": {"rows": rows}}} for name in ("a", "b")]
+    return {"device": "CPU", "versions": {"torch": "0"}, "commit": "0", "shapes": shapes}
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert layer.plot(made_up_report(), tmp_path / "layer.png") is None
+    assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_a_reason_and_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reason = layer.plot(made_up_report(), tmp_path / "layer.png")
+    assert reason == "no plot: matplotlib is missing (pip install matplotlib)"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
