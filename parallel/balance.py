@@ -45,9 +45,8 @@ def balance(rows: Ints, keys: Ints, parts: int) -> list[list[Piece]]:
         keys: int64 [H, Cq], keys that each cluster's rows compute.
         parts: ranks that share the work, 1 or more.
     """
-    tiles = -(-rows // TILE_ROWS)
-    tile_cost = TILE_ROWS * (keys + TILE_OVERHEAD_KEYS)
-    work = (tiles * tile_cost).sum(1)
+    tiles, tile_cost = _tiles(rows), _tile_cost(keys)
+    work = head_work(rows, keys)
     groups = _whole_heads(work, parts)
     loads = np.array([work[group].sum() for group in groups])
     head_rows = rows.sum(1).tolist()
@@ -70,8 +69,19 @@ def cost(rows: Ints, keys: Ints, pieces: Sequence[Piece]) -> int:
     total = 0
     for head, first, last in pieces:
         share = rows_in(rows[head], first, last)
-        total += int((-(-share // TILE_ROWS) * TILE_ROWS * (keys[head] + TILE_OVERHEAD_KEYS)).sum())
+        total += int((_tiles(share) * _tile_cost(keys[head])).sum())
     return total
+
+
+def head_work(rows: Ints, keys: Ints) -> Ints:
+    """Returns what each head costs by the same rule, int64 [H].
+
+    Args:
+        rows: int64 [H, Cq], as given to `balance`.
+        keys: int64 [H, Cq], likewise.
+    """
+    work: Ints = (_tiles(rows) * _tile_cost(keys)).sum(1)
+    return work
 
 
 def rows_in(rows: Ints, first: int, last: int) -> Ints:
@@ -151,6 +161,16 @@ def _swap(groups: list[list[int]], loads: Ints, work: Ints, high: int) -> bool:
     part, i, j = choice
     groups[high][i], groups[part][j] = groups[part][j], groups[high][i]
     return True
+
+
+def _tiles(rows: Ints) -> Ints:
+    """Returns how many tiles the rows of each cluster take."""
+    return -(-rows // TILE_ROWS)
+
+
+def _tile_cost(keys: Ints) -> Ints:
+    """Returns what a tile of each cluster costs, in pairs."""
+    return TILE_ROWS * (keys + TILE_OVERHEAD_KEYS)
 
 
 def _moved_rows(pieces: Sequence[Piece], head_rows: Sequence[int]) -> int:

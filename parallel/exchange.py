@@ -193,7 +193,7 @@ def plan_exchange(
             target, _ = ops.target_rows(
                 of_row, goals, spans[None, :, 0].contiguous(), place.ulysses, sum(leg.sent), leg.most
             )
-        routes = [Route(rows, leg.sent, leg.received, target, len(pieces), leg.rows) for rows in sources]
+        routes = [Route(source, leg.sent, leg.received, target, len(pieces), leg.rows) for source in sources]
         made.append((routes, offsets))
     ((queries, home), q_offsets), *hops = made
     return Exchange(

@@ -295,8 +295,7 @@ def _whole_heads(place_heads: Callable[[Ints, int], list[list[int]]]) -> Placeme
     """Returns a rule that places whole heads by their work, as a placement."""
 
     def place(rows: Ints, keys: Ints, parts: int) -> list[list[Piece]]:
-        tiles = -(-rows // balance.TILE_ROWS)
-        work = (tiles * balance.TILE_ROWS * (keys + balance.TILE_OVERHEAD_KEYS)).sum(1)
-        return [[Piece(head, 0, int(rows[head].sum())) for head in part] for part in place_heads(work, parts)]
+        groups = place_heads(balance.head_work(rows, keys), parts)
+        return [[Piece(head, 0, int(rows[head].sum())) for head in group] for group in groups]
 
     return place

@@ -33,13 +33,7 @@ ONCE = {**REUSED, "refresh_every": 10}
 SETTINGS = {"dense": ("dense", {}), "refreshed": ("svg2", {}), "reused": ("svg2", REUSED)}
 Make = Callable[..., Config]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
