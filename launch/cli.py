@@ -20,7 +20,10 @@ from semvid.runtime.config import AttentionConfig, Config, JobConfig, ModelConfi
 from semvid.runtime.job import Job
 
 JSON_HELP = "print one JSON object on stdout; the summary goes to stderr"
-VIDEO_OPTIONS = ("prompt", "seed", "steps", "height", "width", "frames", "guidance", "negative_prompt")
+VIDEO_OPTIONS = (
+    "prompt", "seed", "steps", "height", "width", "frames", "image", "guidance", "guidance_2", "boundary",
+    "negative_prompt",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,7 +196,11 @@ def _add_job_options(parser: Parser) -> None:
     add("--height", type=int, help=f"pixels ({text})")
     add("--width", type=int, help=f"pixels ({text})")
     add("--frames", type=int, help=f"frames, 4k + 1 ({text})")
+    add("--image", metavar="FILE", help="a picture that the video begins with, for models that take one")
     add("--guidance", type=float, help=f"classifier-free guidance; 1 or less: none ({text})")
+    add("--guidance-2", type=float, metavar="X", help="of the second of two transformers (default: as --guidance)")
+    text_2 = "share of the noise below which the second of two transformers runs (default: the checkpoint's)"
+    add("--boundary", type=float, metavar="X", help=text_2)
     add("--negative-prompt", metavar="TEXT", help="what is not to be seen (default: nothing)")
     add("--device", choices=_choices(ModelConfig, "device"), help="default: auto, the GPU if there is one")
     add("--dtype", choices=_choices(ModelConfig, "dtype"), help="default: auto, bf16 where the device computes in it")
@@ -226,6 +233,9 @@ def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "
     """Returns the checked configuration of a command line; loads no model."""
     file = configs.read_toml(args.config, "--config") if args.config else {}
     video = {name: getattr(args, name) for name in VIDEO_OPTIONS if getattr(args, name) is not None}
+    if args.image is not None:
+        # A job goes on from wherever its command is given.
+        video["image"] = str(Path(args.image).absolute())
     named = {"path": args.model, "device": args.device, "dtype": args.dtype}
     model = {name: value for name, value in named.items() if value is not None}
     attention = {} if args.backend is None else {"backend": args.backend}
@@ -287,7 +297,7 @@ def _mesh(args: argparse.Namespace, config: Config) -> Mesh:
     from semvid.launch.worker import resolve_mesh
 
     _check_gpus(args.gpus, config.model.device)
-    return resolve_mesh(args.mesh, args.gpus, guided=config.video.guidance > 1)
+    return resolve_mesh(args.mesh, args.gpus, guided=folders.is_guided(config))
 
 
 def _check_gpus(gpus: int, device: str) -> None:

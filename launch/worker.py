@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from semvid.launch import env
 from semvid.parallel import mesh as meshes
 from semvid.parallel.mesh import Mesh
+from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
 from semvid.runtime.job import Job, StoppedError
 
@@ -93,7 +94,7 @@ def take_part(folder: Path, mesh: str | None, as_json: bool) -> int:
         ValueError: the mesh is not one of as many ranks as there are, or as `run`.
     """
     place, job = env.seat(), jobs.load(folder)
-    guided = job.config.video.guidance > 1
+    guided = folders.is_guided(job.config)
     if place.world_size == 1:
         resolve_mesh(mesh, 1, guided=guided)
         return report(folder, as_json)

@@ -49,8 +49,15 @@ class VideoConfig:
     """Number of frames, 4k + 1."""
     steps: int = 50
     """Denoising steps."""
+    image: str | None = None
+    """A picture that the video begins with, for the models that take one; scaled and cropped to the video's size."""
     guidance: float = 5.0
-    """Scale of classifier-free guidance; 1 or less runs the conditional branch alone."""
+    """Scale of classifier-free guidance; 1 or less runs the conditional branch alone. HunyuanVideo has one branch and
+    takes it as an input."""
+    guidance_2: float | None = None
+    """Likewise while the second of two transformers runs; absent: as `guidance`."""
+    boundary: float | None = None
+    """Share of the noise below which the second of two transformers runs, 0 .. 1; absent: the checkpoint's."""
     seed: int = 0
     """Of the first noise and of the first centroids."""
     fps: int = 16
@@ -206,6 +213,9 @@ def check(config: Config) -> None:
     for name in ("height", "width", "frames", "steps", "fps"):
         _require(getattr(video, name) >= 1, name, getattr(video, name), "1 or more")
     _require(math.isfinite(video.guidance) and video.guidance >= 0, "guidance", video.guidance, "0 or more")
+    second = video.guidance_2
+    _require(second is None or (math.isfinite(second) and second >= 0), "guidance_2", second, "0 or more")
+    _require(video.boundary is None or 0 <= video.boundary <= 1, "boundary", video.boundary, "0 .. 1")
     _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
     _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
     _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")

@@ -183,16 +183,16 @@ class _Run:
             density = handle.density()
         finally:
             handle.remove()
-        result = self._finish(pipeline, handle, state.latents, density) if self.leads else None
+        result = self._finish(pipeline, handle, state, density) if self.leads else None
         self.writer.join()
         return result
 
-    def _finish(self, pipeline: Any, handle: Sparsified, latents: Tensor, density: Density) -> Result:
-        frames = self._phase("decode", lambda: denoise.decode(pipeline, latents))
+    def _finish(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density) -> Result:
+        frames = self._phase("decode", lambda: denoise.decode(pipeline, state))
         encoder = self._phase("write", lambda: self._write(frames))
         return Result(
             frames=frames,
-            latents=latents.cpu(),
+            latents=state.latents.cpu(),
             frames_sha256=video.frames_sha256(frames),
             encoder=encoder,
             density=density,
@@ -309,7 +309,6 @@ class _Run:
 
 def _kernels(handle: Sparsified, density: Density) -> dict[str, str]:
     """Returns which kernels did the dense and the sparse calls, where there were any."""
-    sharded = handle.session.ranks.mesh.sequence > 1
-    kernels = {"dense": "PyTorch's" if sharded else "diffusers", "sparse": handle.kernels}
+    kernels = {"dense": handle.dense_kernels, "sparse": handle.kernels}
     counts = asdict(density)
     return {kind: name for kind, name in kernels.items() if counts[f"{kind}_calls"]}

@@ -14,6 +14,7 @@ from semvid.parallel.windows import Windows
 from semvid.runtime.cache import Cache, Memory
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import Density, DensityMeter
+from semvid.runtime.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,15 @@ class Session:
     """Memory that the ranks of the sequence share, where they can; rows travel by collectives otherwise."""
     shard: Shard | None = None
     """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
+    prompt: Prompt | None = None
+    """The text tokens of the joint sequence in the current forward pass; None where it is video alone."""
     first_head: int = 0
     """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
+
+    @property
+    def prompt_rows(self) -> int:
+        """How many of this rank's last rows are prompt tokens."""
+        return 0 if self.prompt is None else self.prompt.own
 
     def enter(self, position: Position) -> None:
         """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.

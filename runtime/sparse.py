@@ -9,12 +9,13 @@ from semvid.kernels.dense import dense_pieces
 from semvid.kernels.layout import BlockMap, Clusters, Permutation, Plan
 from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
 from semvid.parallel.kmeans import random_tokens, refine
-from semvid.parallel.maps import GlobalMap, gather_map
+from semvid.parallel.maps import GlobalMap, gather_map, pack_bits
 from semvid.parallel.phases import phase
 from semvid.parallel.ring import Attend, attend_exchanged, attend_through_windows
 from semvid.parallel.shard import Shard
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import cluster_counts
+from semvid.runtime.prompt import Prompt
 from semvid.runtime.schedule import Decision, Dense, Refresh, decide
 from semvid.runtime.session import Session
 
@@ -101,15 +102,38 @@ def _across(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, attend: Attend,
 def _refresh(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo: Refresh) -> Memory:
     """Returns new clusters of q and k, in order, and what follows from them: map, plans, exchange."""
     ops, config, ranks = session.ops, session.config, session.ranks
-    queries, keys = refine([q, k], _starts(q, k, session, layer, todo), todo.iterations, ops, ranks.sequence)
-    q_runs, k_runs = queries.permutation.offsets, keys.permutation.offsets
+    video = [x[:, : x.shape[1] - session.prompt_rows] for x in (q, k)]
+    queries, keys = refine(video, _starts(video, session, layer, todo), todo.iterations, ops, ranks.sequence)
     if session.shard is None:
         with phase("map"):
             block_map = ops.top_p_map(queries.centroids, keys.centroids, keys.sizes, config.p, config.floor)
-            density = ops.density(block_map, queries.sizes, keys.sizes)
-        with phase("plan"):
-            return Memory(queries, keys, density, [ops.plan(q_runs, k_runs, block_map)])
+        return _planned(queries, keys, block_map, session)
     whole = gather_map(queries, keys, config.p, config.floor, ops, ranks)
+    return _planned_across(q, k, v, session, whole, queries, keys)
+
+
+def _planned(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Session) -> Memory:
+    """Returns the memory of clusters and a map where the sequence is whole."""
+    ops, prompt, bits = session.ops, session.prompt, None
+    sizes = [queries.sizes, keys.sizes]
+    if prompt is not None:
+        bits = pack_bits(block_map.selected)
+        block_map, sizes = prompt.selected(block_map), [prompt.sized(x) for x in sizes]
+        queries, keys = (x._replace(permutation=prompt.ordered(x.permutation)) for x in (queries, keys))
+    with phase("map"):
+        density = ops.density(block_map, *sizes)
+    with phase("plan"):
+        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
+    return Memory(queries, keys, density, [plan], bits=bits)
+
+
+def _planned_across(
+    q: Tensor, k: Tensor, v: Tensor, session: Session, whole: GlobalMap, queries: Clusters, keys: Clusters
+) -> Memory:
+    """Returns the memory of clusters and a map where the sequence is shared."""
+    if session.prompt is not None:
+        whole = whole._replace(counts=session.prompt.counted(whole.counts))
+        queries, keys = (x._replace(permutation=session.prompt.ordered(x.permutation)) for x in (queries, keys))
     exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
     return Memory(queries, keys, whole.density(), plans, exchange, whole.bits)
 
@@ -123,6 +147,8 @@ def _plan_across(
         layouts, direct = (layout(q), layout(k), layout(v)), session.windows is not None
         exchange = plan_exchange(whole.counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
+        if session.prompt is not None:
+            block_map = session.prompt.selected(block_map)
         return exchange, [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
 
 
@@ -132,28 +158,24 @@ def _plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memor
     Ck = keys.centroids.shape[1]
     assert memory.bits is not None, "a checkpoint has the map"
     if memory.counts is not None:
-        whole = GlobalMap(memory.bits, Ck, memory.counts)
-        exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
-        return memory._replace(plans=plans, exchange=exchange, counts=None)
-    with phase("plan"):
-        block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
-        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-    return memory._replace(plans=[plan], bits=None)
+        return _planned_across(q, k, v, session, GlobalMap(memory.bits, Ck, memory.counts), queries, keys)
+    block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
+    return _planned(queries, keys, block_map, session)
 
 
-def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
+def _starts(video: list[Tensor], session: Session, layer: int, todo: Refresh) -> list[Tensor]:
     """Returns the centroids that k-means starts from: random tokens, or those of the refresh before."""
     here, group = session.here(), session.ranks.sequence
     if not todo.seeded:
         memory = session.cache.get(layer, here.branch)
         assert memory is not None, "the schedule warm-starts only what is there"
         return [memory.queries.centroids, memory.keys.centroids]
-    shard = session.shard or Shard(rank=0, ranks=1, total=q.shape[1])
+    shard = session.shard or Shard(rank=0, ranks=1, total=video[0].shape[1])
     key = (session.seed, layer, zlib.crc32(here.branch.encode()), here.step)
     counts = cluster_counts(session.config, shard.total)
     return [
         random_tokens(x, C, (*key, side), shard.total, shard.first, group, session.first_head)
-        for side, (x, C) in enumerate(zip((q, k), counts, strict=True))
+        for side, (x, C) in enumerate(zip(video, counts, strict=True))
     ]
 
 
@@ -161,26 +183,29 @@ def _dense_exchange(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Exchan
     """Returns the exchange of dense calls of these sizes, planned at the first of them."""
     shard, layouts = session.shard, (layout(q), layout(k), layout(v))
     assert shard is not None, "a whole sequence needs no exchange"
-    found = session.cache.dense.get((shard, q.shape[0], layouts))
+    place = (shard, session.prompt, q.shape[0], layouts)
+    found = session.cache.dense.get(place)
     if found is None:
         found = plan_exchange(
-            *_one_cluster(shard, q),
+            *_one_cluster(shard, session.prompt, q),
             layouts,
             session.ranks,
             session.ops,
             session.place_work,
             direct=session.windows is not None,
         )
-        session.cache.dense[shard, q.shape[0], layouts] = found
+        session.cache.dense[place] = found
     return found
 
 
-def _one_cluster(shard: Shard, x: Tensor) -> tuple[Counts, tuple[Permutation, Permutation]]:
+def _one_cluster(shard: Shard, prompt: Prompt | None, x: Tensor) -> tuple[Counts, tuple[Permutation, Permutation]]:
     """Returns counts and orders as if all tokens of a head of x, [H, n, D], were one cluster."""
     H, n, _ = x.shape
     tokens = torch.tensor(shard.all_tokens(), dtype=torch.int32, device=x.device)
+    if prompt is not None:
+        tokens += torch.tensor(prompt.of_shards(), dtype=torch.int32, device=x.device)
     counts = tokens[:, None, None].expand(-1, H, 1)
     order = torch.arange(n, dtype=torch.int32, device=x.device).expand(H, n).contiguous()
     offsets = torch.tensor([0, n], dtype=torch.int32, device=x.device).expand(H, 2)
-    computed = torch.full((H, 1), shard.total, dtype=torch.int32, device=x.device)
+    computed = tokens.sum(dtype=torch.int32).expand(H, 1)
     return Counts(counts, counts, computed), (Permutation(order, offsets),) * 2
