@@ -1,4 +1,4 @@
-"""The command line: `semvid run | resume | compare | bench | doctor`. What is wrong is said first, in one line."""
+"""The command line, `semvid run | resume | compare | estimate | bench | doctor`: what is wrong is said in one line."""
 
 import argparse
 import difflib
@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from semvid.launch import env
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
+from semvid.launch.bench import video_commands
+from semvid.launch.estimate import add_estimate
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
@@ -63,7 +65,7 @@ def _command(argv: Sequence[str] | None) -> int:
         chosen.print_help()
         return 2
     # Before anything imports torch.
-    env.prepare(max(1, getattr(args, "gpus", 1)))
+    env.prepare(max(1, getattr(args, "gpus", 1) or 1))
     return command(args)
 
 
@@ -105,6 +107,7 @@ def _parser() -> Parser:
         "--against", metavar="B", default="dense", help=f"the yardstick: {_presets()} (default: %(default)s)"
     )
     compare.set_defaults(run=_compare, parser=compare)
+    add_estimate(commands.add_parser)
     _add_bench(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -124,6 +127,8 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.set_defaults(run=None, parser=bench)
     what = bench.add_subparsers(metavar="WHAT", parser_class=Parser)
     bench_commands.add_layer(what.add_parser)
+    video_commands.add_e2e(what.add_parser)
+    video_commands.add_throughput(what.add_parser)
     _add_bench_plan(what)
     kernels = what.add_parser(
         "kernels",
@@ -189,7 +194,8 @@ def _add_job_options(parser: Parser) -> None:
         "--config",
         metavar="FILE",
         type=Path,
-        help="a TOML file: preset, [model], [video], [attention], [job]; or a job.toml",
+        help="a TOML file: preset, [model], [video], [attention], [job]; a job.toml; or a deployment: "
+        + ", ".join(configs.deployments()),
     )
     add("--seed", type=int, help="of the noise and the first centroids (default: 0)")
     add("--steps", type=int, help=f"denoising steps ({text})")
@@ -231,7 +237,7 @@ def _choices(cls: type, field: str) -> tuple[str, ...]:
 
 def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "--preset") -> Config:
     """Returns the checked configuration of a command line; loads no model."""
-    file = configs.read_toml(args.config, "--config") if args.config else {}
+    file = configs.read_toml(configs.config_file(args.config), "--config") if args.config else {}
     video = {name: getattr(args, name) for name in VIDEO_OPTIONS if getattr(args, name) is not None}
     if args.image is not None:
         # A job goes on from wherever its command is given.

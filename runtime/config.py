@@ -18,6 +18,7 @@ import tomli_w
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEMO_MODEL = CONFIGS / "demo-model"
+DEPLOYMENTS = CONFIGS / "deployments"
 
 T = TypeVar("T")
 Layer = Mapping[str, Any]
@@ -129,6 +130,16 @@ def presets() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
+def deployments() -> list[str]:
+    """Returns the names of the deployments that semvid carries: a published model, a video's size, a number of GPUs."""
+    return sorted(path.stem for path in DEPLOYMENTS.glob("*.toml"))
+
+
+def config_file(path: Path) -> Path:
+    """Returns the file of --config: that of a deployment where `path` is its name, else `path`."""
+    return DEPLOYMENTS / f"{path}.toml" if str(path) in deployments() else path
+
+
 def read_toml(path: Path, option: str) -> dict[str, Any]:
     """Returns a TOML file's content.
 
@@ -181,6 +192,8 @@ def resolve(
         ValueError: an unknown key, a wrong type or a value outside what is accepted; the message names the option.
     """
     file = dict(file or {})
+    # What a deployment says of itself is for `semvid estimate` and `semvid bench`.
+    file.pop("deployment", None)
     for table in ("model", "video", "attention", "job"):
         # Said here, before the layers are laid over each other and this value is lost.
         _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")

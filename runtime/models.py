@@ -21,6 +21,8 @@ from semvid.runtime.session import Position, Session, resolve_device
 from semvid.runtime.sharding import shard_transformer, unshard_transformer
 
 HOOK = "semvid"
+CUDNN = "_native_cudnn"
+"""diffusers' name for PyTorch's cuDNN attention, the fastest dense one that it brings on a Hopper GPU."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -110,19 +112,27 @@ def sparsify(
         for model in models:
             shard_transformer(model, session, family.plan(model))
         session.windows = open_windows(session.ranks, pipeline.device)
-    stock = [_install(model, number, pipeline, session, family) for number, model in enumerate(models)]
+    stock = [install(model, number, pipeline.scheduler, session, family) for number, model in enumerate(models)]
     return Sparsified(pipeline, session, family, stock)
 
 
-def _install(model: Any, number: int, pipeline: Any, session: Session, family: Family) -> list[Any]:
-    """Puts semvid's processors and hooks into one transformer and returns the processors that were there."""
+def install(model: Any, number: int, scheduler: Any, session: Session, family: Family) -> list[Any]:
+    """Puts semvid's processors and hooks into one transformer and returns the processors that were there.
+
+    Args:
+        model: the transformer.
+        number: its place among those of the pipeline.
+        scheduler: says the step where the loop does not.
+        session: of the job.
+        family: of the model.
+    """
     stock, registry = [], registry_of(model)
     for layer, attention in enumerate(family.attentions(model)):
         stock.append(getattr(attention, "processor"))  # noqa: B009 - diffusers' classes have no common type
         attention.set_processor(family.processor(stock[-1], session, layer))
     for place, hook in enumerate(family.hooks(session)):
         registry.register_hook(hook, f"{HOOK}.family.{place}")
-    registry.register_hook(PositionHook(session, pipeline.scheduler, number), HOOK)
+    registry.register_hook(PositionHook(session, scheduler, number), HOOK)
     return stock
 
 

@@ -1,18 +1,35 @@
 """Published models: the configurations of their parts, and a transformer of full size with random weights."""
 
-from collections.abc import Mapping
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semvid.runtime.config import CONFIGS, read_toml
 from semvid.runtime.families import facts
 from semvid.runtime.families.facts import Facts
-from semvid.runtime.folder import Geometry, geometry
+from semvid.runtime.folder import Geometry, geometry, inspect
 
 if TYPE_CHECKING:
     import torch
 
 MODELS = CONFIGS / "models"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """One encoder of prompts or images, of the transformers library."""
+
+    name: str
+    kind: str
+    """Its class."""
+    parameters: int
+    tokens: int
+    """That it reads at most."""
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +41,9 @@ class Published:
     transformer: Mapping[str, Any]
     """Of each of its transformers, as in transformer/config.json."""
     vae: Mapping[str, Any]
-    text_encoders: Mapping[str, int]
-    """Parameters of what encodes prompts and images."""
+    vae_parameters: int
+    encoders: tuple["Encoder", ...]
+    """What encodes prompts and images."""
     boundary_ratio: float | None
 
     @property
@@ -63,9 +81,99 @@ def read(name: str, option: str = "--model") -> Published:
         family=facts.by_name(table["family"]),
         transformer=table["transformer"],
         vae=table["vae"],
-        text_encoders=table["text_encoders"],
+        vae_parameters=table["vae_parameters"],
+        encoders=tuple(Encoder(name=key, **_encoder(value)) for key, value in table["text_encoders"].items()),
         boundary_ratio=table.get("boundary_ratio"),
     )
+
+
+def of_folder(folder: Path) -> Published:
+    """Returns what a checkpoint folder says of the same; encoders are counted by their files, not described.
+
+    Raises:
+        ValueError: as `semvid.runtime.folder.inspect`.
+    """
+    family = inspect(folder).family
+    encoders = [part for part in family.parts if "encoder" in part]
+    tables = {name: json.loads((folder / name / "config.json").read_text()) for name in ("transformer", "vae")}
+    return Published(
+        name=folder.name,
+        family=family,
+        transformer=tables["transformer"],
+        vae=tables["vae"],
+        vae_parameters=_stored_parameters(folder / "vae"),
+        encoders=tuple(
+            Encoder(name=name, kind="", parameters=_stored_parameters(folder / name), tokens=0, config={})
+            for name in encoders
+        ),
+        boundary_ratio=json.loads((folder / "model_index.json").read_text()).get("boundary_ratio"),
+    )
+
+
+def _stored_parameters(part: Path) -> int:
+    """Returns how many parameters a component's safetensors files hold, by their headers."""
+    total = 0
+    for path in part.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+def encoder_call(encoder: Encoder, made: Any) -> Callable[[], Any]:
+    """Returns a call of an encoder on random input of the most tokens it reads."""
+    import torch
+
+    device = next(made.parameters()).device
+    if "Vision" in encoder.kind:
+        size = made.config.image_size
+        pixels = torch.randn(1, 3, size, size, device=device, dtype=made.dtype)
+        return lambda: made(pixels)
+    tokens = torch.randint(10, 500, (1, encoder.tokens), device=device)
+    return lambda: made(tokens)
+
+
+def build_vae(model: Published, device: "torch.device") -> Any:
+    """Returns the VAE of a published configuration with random weights in fp32; its statistics are 0 and 1."""
+    import diffusers
+    import torch
+
+    table = dict(model.vae)
+    if "z_dim" in table:
+        table |= {"latents_mean": [0.0] * table["z_dim"], "latents_std": [1.0] * table["z_dim"]}
+    torch.manual_seed(0)
+    with torch.device(device):
+        vae = getattr(diffusers, model.family.vae)(**table)
+    return vae.requires_grad_(False).eval()
+
+
+def build_encoder(encoder: Encoder, device: "torch.device", dtype: "torch.dtype") -> Any:
+    """Returns an encoder of a published configuration with random weights."""
+    import transformers
+
+    kind = getattr(transformers, encoder.kind)
+    with _made_in(device, dtype):
+        made = kind(kind.config_class(**encoder.config))
+    return made.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _made_in(device: "torch.device", dtype: "torch.dtype") -> Iterator[None]:
+    """Makes new parameters on a device and in a precision."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _encoder(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of an Encoder; `class` is no name in Python."""
+    return {"kind": table["class"], **{key: value for key, value in table.items() if key != "class"}}
 
 
 def build_transformer(
@@ -87,14 +195,10 @@ def build_transformer(
     import diffusers
     import torch
 
-    kind, before = getattr(diffusers, model.family.transformer), torch.get_default_dtype()
+    kind = getattr(diffusers, model.family.transformer)
     torch.manual_seed(seed)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = kind(**{**model.transformer, **changes})
-    finally:
-        torch.set_default_dtype(before)
+    with _made_in(device, dtype):
+        transformer = kind(**{**model.transformer, **changes})
     kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     for name, parameter in transformer.named_parameters():
         if kept & set(name.split(".")):

@@ -28,6 +28,11 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+# torch.device as a context notes at its first use what makes tensors: that must be before a test replaces torch.empty,
+# or a model "on the meta device" would be made in memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs more GPUs than there are, and says so."""

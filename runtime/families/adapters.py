@@ -16,7 +16,7 @@ ADAPTERS: tuple[type[Family], ...] = (Wan, WanImage, WanPair, WanSmall, Hunyuan)
 
 def adapter(family: Facts) -> Family:
     """Returns the adapter of a family."""
-    (found,) = (kind for kind in ADAPTERS if kind.facts is family)
+    (found,) = (kind for kind in ADAPTERS if kind.facts.name == family.name)
     return found()
 
 

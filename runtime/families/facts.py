@@ -15,7 +15,8 @@ class Facts:
     pipeline: str
     """The diffusers pipeline that its model_index.json names."""
     transformer: str
-    """The class of its transformers."""
+    """The class of its transformers; `vae` likewise."""
+    vae: str
     parts: tuple[str, ...]
     """Components that a checkpoint must have."""
     transformers: tuple[str, ...] = ("transformer",)
@@ -40,6 +41,7 @@ WAN = Facts(
     title="Wan 2.1 text-to-video",
     pipeline="WanPipeline",
     transformer="WanTransformer3DModel",
+    vae="AutoencoderKLWan",
     parts=_WAN_PARTS,
 )
 WAN_IMAGE = Facts(
@@ -47,6 +49,7 @@ WAN_IMAGE = Facts(
     title="Wan 2.1 image-to-video",
     pipeline="WanImageToVideoPipeline",
     transformer="WanTransformer3DModel",
+    vae="AutoencoderKLWan",
     parts=(*_WAN_PARTS, "image_encoder", "image_processor"),
     image="required",
 )
@@ -55,6 +58,7 @@ WAN_PAIR = Facts(
     title="Wan 2.2 A14B text-to-video",
     pipeline="WanPipeline",
     transformer="WanTransformer3DModel",
+    vae="AutoencoderKLWan",
     parts=(*_WAN_PARTS, "transformer_2"),
     transformers=("transformer", "transformer_2"),
 )
@@ -63,6 +67,7 @@ WAN_SMALL = Facts(
     title="Wan 2.2 5B text- and image-to-video",
     pipeline="WanPipeline",
     transformer="WanTransformer3DModel",
+    vae="AutoencoderKLWan",
     parts=_WAN_PARTS,
     image="optional",
 )
@@ -71,6 +76,7 @@ HUNYUAN = Facts(
     title="HunyuanVideo text-to-video",
     pipeline="HunyuanVideoPipeline",
     transformer="HunyuanVideoTransformer3DModel",
+    vae="AutoencoderKLHunyuanVideo",
     parts=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "scheduler", "vae"),
     branches=1,
     joint=True,

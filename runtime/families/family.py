@@ -42,6 +42,14 @@ class Family(Protocol):
             ValueError: a prompt is longer than the model reads.
         """
 
+    def drawn_prompt(self, config: Mapping[str, Any], like: Tensor) -> Inputs:
+        """Returns random values in the place of one branch's `prompts`, for a transformer of random weights.
+
+        Args:
+            config: of the transformer.
+            like: says device and dtype.
+        """
+
     def schedule(self, pipeline: Any, steps: int, device: torch.device) -> None:
         """Sets the scheduler's timesteps."""
 

@@ -86,6 +86,21 @@ class Hunyuan:
             }
         ]
 
+    def drawn_prompt(self, config: Mapping[str, Any], like: Tensor) -> Inputs:
+        """Returns random values; a quarter of the rows is a prompt, the rest padding."""
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=like.device, dtype=like.dtype)
+
+        mask = torch.zeros(1, PROMPT_ROWS, device=like.device, dtype=like.dtype)
+        mask[:, : PROMPT_ROWS // 4] = 1
+        return {
+            "encoder_hidden_states": drawn(1, PROMPT_ROWS, config["text_embed_dim"]),
+            "encoder_attention_mask": mask,
+            "pooled_projections": drawn(1, config["pooled_projection_dim"]),
+            "guidance": torch.full((1,), 6000.0, device=like.device, dtype=like.dtype),
+        }
+
     def schedule(self, pipeline: Any, steps: int, device: torch.device) -> None:
         """Sets timesteps from evenly spaced sigmas, which the scheduler then shifts."""
         pipeline.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1], device=device)

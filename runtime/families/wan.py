@@ -63,6 +63,12 @@ class Wan:
         dtype = pipeline.transformer.dtype
         return [{"encoder_hidden_states": rows.to(dtype)} for rows in found if rows is not None]
 
+    def drawn_prompt(self, config: Mapping[str, Any], like: Tensor) -> Inputs:
+        """Returns random rows; half of them zeros, as the padding of a prompt is."""
+        rows = torch.randn(1, PROMPT_ROWS, config["text_dim"], device=like.device, dtype=like.dtype)
+        rows[:, PROMPT_ROWS // 2 :] = 0
+        return {"encoder_hidden_states": rows}
+
     def schedule(self, pipeline: Any, steps: int, device: torch.device) -> None:
         """Sets the timesteps that the scheduler's own configuration gives."""
         pipeline.scheduler.set_timesteps(steps, device=device)

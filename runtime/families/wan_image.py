@@ -4,6 +4,7 @@ Both stay as the model has them: the latents are further channels of the same vi
 cross-attention are few and attended densely.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from semvid.runtime.config import VideoConfig
 from semvid.runtime.families import facts
 from semvid.runtime.families.family import Inputs
 from semvid.runtime.families.wan import Wan, read_image
+
+# Of CLIP ViT-H: 16 × 16 patches and one more.
+IMAGE_ROWS = 257
 
 
 class WanImage(Wan):
@@ -28,6 +32,11 @@ class WanImage(Wan):
         """
         image = pipeline.encode_image(read_image(video), device).to(pipeline.transformer.dtype)
         return [told | {"encoder_hidden_states_image": image} for told in super().prompts(pipeline, video, device)]
+
+    def drawn_prompt(self, config: Mapping[str, Any], like: Tensor) -> Inputs:
+        """Returns random rows of text and of the image."""
+        image = torch.randn(1, IMAGE_ROWS, config["image_dim"], device=like.device, dtype=like.dtype)
+        return super().drawn_prompt(config, like) | {"encoder_hidden_states_image": image}
 
     def condition(self, pipeline: Any, video: VideoConfig, latents: Tensor) -> Tensor:
         """Returns the mask of given frames and the latents of image, then grey, [1, 4 + 16, F, height, width]."""
