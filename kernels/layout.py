@@ -133,8 +133,8 @@ def check_rotary(x: Tensor, weight: Tensor, cosines: Tensor, sines: Tensor, head
     D = width // heads
     if D * heads != width or D % 2:
         raise ValueError(f"x is {width} wide; accepted: heads · D with D even, heads {heads}")
-    if tuple(weight.shape) != (width,):
-        raise ValueError(f"weight must be [{width}], not {list(weight.shape)}")
+    if tuple(weight.shape) not in ((width,), (D,)):
+        raise ValueError(f"weight must be [{width}], or [{D}] for a norm of each head, not {list(weight.shape)}")
     for name, angles in (("cosines", cosines), ("sines", sines)):
         if tuple(angles.shape) != (N, D) or angles.dtype != torch.float32:
             raise ValueError(f"{name} must be float32 [{N}, {D}], not {angles.dtype} {list(angles.shape)}")

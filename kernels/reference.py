@@ -276,14 +276,17 @@ def norm_rotary(x: Tensor, weight: Tensor, eps: float, cosines: Tensor, sines: T
 
     Args:
         x: [B, N, H·D], any floating dtype; D even.
-        weight: [H·D], of the RMS norm across heads (Zhang, Sennrich 2019).
+        weight: [H·D], of the RMS norm across heads (Zhang, Sennrich 2019), as Wan has it; or [D], of that of each head,
+            as HunyuanVideo has it.
         eps: added to the mean square.
         cosines: fp32 [N, D], each value twice (2i and 2i + 1), as diffusers keeps them.
         sines: likewise.
         heads: H.
     """
     _, N, D = check_rotary(x, weight, cosines, sines, heads)
-    normed = torch.nn.functional.rms_norm(x, (heads * D,), weight, eps).unflatten(2, (heads, D)).transpose(1, 2)
+    split = (-1, heads * D // len(weight), len(weight))
+    normed = torch.nn.functional.rms_norm(x.unflatten(2, split[1:]), split[2:], weight, eps)
+    normed = normed.flatten(2).unflatten(2, (heads, D)).transpose(1, 2)
     x1, x2 = normed.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cosines[:, 0::2], sines[:, 1::2]
     turned = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)

@@ -53,6 +53,7 @@ def summary(job: Job, result: Result) -> list[str]:
         f"step      {result.seconds_per_step:.3f} s (median of {len(result.step_seconds)}, slowest {slowest:.3f} s)",
         f"time      {rest}",
         f"density   {density_text(result.density)}",
+        f"decoding  {'in tiles' if result.decoded_in_tiles else 'whole'}",
         f"kernels   {', '.join(f'{kind}: {name}' for kind, name in result.kernels.items())}",
     ]
     if result.resumed_after:
@@ -93,6 +94,7 @@ def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str,
         "mesh": str(result.mesh),
         "gpus": result.mesh.world_size,
         "encoder": result.encoder,
+        "decoded_in_tiles": result.decoded_in_tiles,
         "peak_memory_bytes": result.peak_memory_bytes,
         "resumed_after_step": result.resumed_after,
         "frames_sha256": result.frames_sha256,

@@ -5,6 +5,7 @@ gives the same latents bit for bit. After the start it draws no random number. W
 adapter says.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from semvid.parallel import mesh
-from semvid.parallel.collectives import all_gather
+from semvid.parallel.collectives import all_gather, from_first
 from semvid.parallel.ranks import Ranks
 from semvid.runtime.config import VideoConfig
 from semvid.runtime.families.adapters import adapter_of
 from semvid.runtime.families.family import Family, Inputs, context_name, stages
+from semvid.runtime.memory import is_tiled
 from semvid.runtime.metrics import Frames
 
 BRANCHES = ("cond", "uncond")
@@ -76,7 +78,6 @@ def start(pipeline: Any, video: VideoConfig, ranks: Ranks | None = None) -> Deno
     ranks, family = ranks or Ranks(), adapter_of(pipeline)
     mesh.check(ranks.mesh, ranks.mesh.world_size, guided=family.facts.guided(video.guidance))
     device = pipeline._execution_device
-    told = family.prompts(pipeline, video, device)
     family.schedule(pipeline, video.steps, device)
     # Without it the scheduler looks its first step up by comparing timesteps on the host.
     pipeline.scheduler.set_begin_index(0)
@@ -89,17 +90,59 @@ def start(pipeline: Any, video: VideoConfig, ranks: Ranks | None = None) -> Deno
     )
     noise = randn_tensor(shape, generator=torch.Generator().manual_seed(video.seed), device=device, dtype=torch.float32)
     timesteps = pipeline.scheduler.timesteps
+    told, condition = _told(pipeline, family, video, noise, ranks)
     scales = (video.guidance, video.guidance if video.guidance_2 is None else video.guidance_2)
     return Denoising(
         noise,
         timesteps,
         family,
-        dict(zip(BRANCHES, told, strict=False)),
+        told,
         scales[: len(family.facts.transformers)],
         stages(family.facts, pipeline, video, timesteps.tolist()),
-        family.condition(pipeline, video, noise),
+        condition,
         ranks,
     )
+
+
+def _told(
+    pipeline: Any, family: Family, video: VideoConfig, noise: Tensor, ranks: Ranks
+) -> tuple[dict[str, Inputs], Tensor | None]:
+    """Returns what each branch is told and what of the image goes beside the latents, the same on every rank.
+
+    The first rank alone encodes; the others need no encoders. Every rank must enter.
+    """
+    found: dict[str, Tensor] | None = None
+    if ranks.rank == 0:
+        with _encoders_on(pipeline, noise.device):
+            prompts = family.prompts(pipeline, video, noise.device)
+        found = {f"{branch}/{name}": x for branch, of in zip(BRANCHES, prompts, strict=False) for name, x in of.items()}
+        condition = family.condition(pipeline, video, noise)
+        found |= {} if condition is None else {"condition": condition}
+    # Along the sequence first: then the first of every pair of branches has them, whichever shard it holds.
+    found = from_first(found, (ranks.sequence, ranks.cfg), noise.device)
+    condition = found.pop("condition", None)
+    told: dict[str, Inputs] = {}
+    for place, x in found.items():
+        branch, name = place.split("/")
+        told.setdefault(branch, {})[name] = x
+    return told, condition
+
+
+@contextlib.contextmanager
+def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Brings what encodes prompts and images to `device`, and back to where it was: it is needed this once."""
+    parts = [part for name, part in pipeline.components.items() if "encoder" in name and isinstance(part, nn.Module)]
+    before = [next(part.parameters()).device for part in parts]
+    try:
+        for part in parts:
+            part.to(device)
+        yield
+    finally:
+        for part, place in zip(parts, before, strict=True):
+            part.to(place)
+        if device.type == "cuda":
+            # What is free here is the denoising loop's, whose tensors have other sizes.
+            torch.cuda.empty_cache()
 
 
 def steps(pipeline: Any, state: Denoising) -> Iterator[int]:
@@ -125,10 +168,20 @@ def finish(pipeline: Any) -> None:
 def decode(pipeline: Any, state: Denoising) -> Frames:
     """Returns the video of a finished state, uint8 [F, height, width, 3], rounded to the nearest level."""
     vae, latents = pipeline.vae, state.family.result(state.latents, state.condition)
+    if decodes_in_tiles(pipeline, state):
+        vae.enable_tiling()
     pixels = vae.decode(state.family.unscaled(vae, latents), return_dict=False)[0]
     video = pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0]
     frames: Frames = np.ascontiguousarray(video.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return frames
+
+
+def decodes_in_tiles(pipeline: Any, state: Denoising) -> bool:
+    """Returns whether the video is too large to be decoded whole; a rule of its size alone."""
+    frames, height, width = state.latents.shape[2:]
+    pixels = pipeline.vae_scale_factor_spatial
+    video = ((frames - 1) * pipeline.vae_scale_factor_temporal + 1, height * pixels, width * pixels)
+    return is_tiled(pipeline.vae.config, *video)
 
 
 def _step(pipeline: Any, state: Denoising, step: int, timestep: Tensor) -> Tensor:

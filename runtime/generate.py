@@ -54,6 +54,8 @@ class Result:
     """Of the GPU's allocator, on rank 0; None on a CPU."""
     mesh: Mesh
     """How the ranks of the job shared it."""
+    decoded_in_tiles: bool
+    """Whether the VAE had to; it follows from the video's size."""
     resumed_after: int
     """Steps that were done before this run; 0: it began at the first."""
 
@@ -168,7 +170,8 @@ class _Run:
     def all(self, pipeline: Any, found: Checkpoint | None) -> Result | None:
         config = self.job.config
         if pipeline is None:
-            pipeline = self._phase("load", lambda: models.load_pipeline(folder.locate(config.model.path), config.model))
+            path, encoders = folder.locate(config.model.path), self.leads
+            pipeline = self._phase("load", lambda: models.load_pipeline(path, config.model, encoders=encoders))
         seed = config.video.seed
         handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"
@@ -202,6 +205,7 @@ class _Run:
             device=pipeline.device.type,
             peak_memory_bytes=self._peak_memory(),
             mesh=self.ranks.mesh,
+            decoded_in_tiles=denoise.decodes_in_tiles(pipeline, state),
             resumed_after=self.resumed_after,
         )
 

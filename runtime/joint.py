@@ -1,10 +1,10 @@
 """Attention over video and text tokens together, as HunyuanVideo has it; `prompt` says where the text stands."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from semvid.kernels.dense import dense
@@ -58,7 +58,7 @@ class JointProcessor:
         assert prompt is not None, "a hook on the transformer finds the prompt"
         rows, text_rows = hidden_states.shape[1], encoder_hidden_states.shape[1]
         n = rows if session.shard is None else session.shard.tokens
-        video = project_video(attn, hidden_states, image_rotary_emb)
+        video = project_video(attn, hidden_states, image_rotary_emb, session.ops.norm_rotary)
         text = project_text(attn, encoder_hidden_states)
         # Padding of both is never clustered, never attended, never counted.
         q, k, v = (torch.cat([x[:, :n], y[:, : prompt.own]], dim=1) for x, y in zip(video, text, strict=True))
@@ -101,20 +101,22 @@ class PromptHook(ModelHook):
         return int(lengths[0])
 
 
-def project_video(attn: Any, x: Tensor, rotary: Rotary) -> list[Tensor]:
+def project_video(attn: Any, x: Tensor, rotary: Rotary, norm_rotary: Callable[..., Tensor]) -> list[Tensor]:
     """Returns queries, keys and values of video tokens x [B, n, H·D], normed and turned, [B·H, n, D] each."""
-    split = [project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)]
-    q, k = (apply_rotary_emb(norm(y), rotary, sequence_dim=1) for norm, y in zip(_norms(attn), split, strict=False))
-    return [fold(y) for y in (q, k, split[2])]
+    q, k = (
+        norm_rotary(project(x), norm.weight, norm.eps, *rotary, attn.heads)
+        for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+    )
+    return [q, k, fold(attn.to_v(x).unflatten(2, (attn.heads, -1)))]
 
 
 def project_text(attn: Any, x: Tensor) -> list[Tensor]:
     """Returns queries, keys and values of text tokens x [B, T, H·D], normed; a double block has weights for them."""
     if attn.add_q_proj is None:
-        projections, norms = (attn.to_q, attn.to_k, attn.to_v), _norms(attn)
+        projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
     else:
         projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        norms = [norm or nn.Identity() for norm in (attn.norm_added_q, attn.norm_added_k)]
+        norms = (attn.norm_added_q, attn.norm_added_k)
     split = [project(x).unflatten(2, (attn.heads, -1)) for project in projections]
     q, k = (norm(y) for norm, y in zip(norms, split, strict=False))
     return [fold(y) for y in (q, k, split[2])]
@@ -128,7 +130,3 @@ def project_out(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]
     if getattr(attn, "to_add_out", None) is not None:
         text = attn.to_add_out(text)
     return video, text
-
-
-def _norms(attn: Any) -> list[Any]:
-    return [norm or nn.Identity() for norm in (attn.norm_q, attn.norm_k)]

@@ -29,6 +29,8 @@ FRAGMENTS = 1.06
 DECODE_COPIES, WAN_FRAMES = 8, 4
 # A VAE that would take more is decoded in tiles. A rule of sizes alone: on another GPU the same video must come out.
 DECODE_LIMIT = 24 << 30
+# A tile of 256 × 256 pixels and 16 frames through HunyuanVideo's decoder, or one of all frames through Wan's.
+TILE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,14 +81,14 @@ def predict(model: Published, video: VideoConfig, attention: AttentionConfig, me
     tokens = model.geometry.tokens(video)
     rows = -(-tokens // mesh.sequence)
     transformers = parameters(model) * len(model.family.transformers)
-    tiled = is_tiled(model, video)
+    tiled = is_tiled(model.vae, video.frames, video.height, video.width)
     return Need(
         weights=HALF * transformers + SINGLE * model.vae_parameters,
         encoders=HALF * sum(encoder.parameters for encoder in model.encoders),
         activations=_activations(model, rows, per_token=model.family.name == "wan2.2-ti2v"),
         windows=_windows(model, rows) if mesh.sequence > 1 and mesh.ring == 1 else 0,
         state=_state(model, attention, tokens, rows, shared=mesh.sequence > 1) * (2 if guided and mesh.cfg == 1 else 1),
-        decode=decode_bytes(model, video, tiled=tiled),
+        decode=decode_bytes(model.vae, video.frames, video.height * video.width, tiled=tiled),
         tiled=tiled,
     )
 
@@ -109,20 +111,15 @@ def parameters(model: Published) -> int:
     return int(table["num_layers"] * block + ends)
 
 
-def is_tiled(model: Published, video: VideoConfig) -> bool:
-    """Returns whether the VAE decodes tile by tile: it is then so on every device."""
-    return decode_bytes(model, video, tiled=False) > DECODE_LIMIT
+def is_tiled(vae: Mapping[str, Any], frames: int, height: int, width: int) -> bool:
+    """Returns whether a VAE of this configuration decodes such a video tile by tile: it is then so on every device."""
+    return decode_bytes(vae, frames, height * width, tiled=False) > DECODE_LIMIT
 
 
-def decode_bytes(model: Published, video: VideoConfig, *, tiled: bool) -> int:
-    """Returns what decoding takes beside the weights."""
-    pixels = video.height * video.width
-    out = SINGLE * 3 * pixels * video.frames
-    return out + (0 if tiled else _decoder_bytes(model.vae, pixels, video.frames)) + (_TILE_BYTES if tiled else 0)
-
-
-# A tile of 256 × 256 pixels and 16 frames through HunyuanVideo's decoder, or one of all frames through Wan's.
-_TILE_BYTES = 4 << 30
+def decode_bytes(vae: Mapping[str, Any], frames: int, pixels: int, *, tiled: bool) -> int:
+    """Returns what decoding takes beside the weights; `pixels` of a frame."""
+    out = SINGLE * 3 * pixels * frames
+    return out + (TILE_BYTES if tiled else _decoder_bytes(vae, pixels, frames))
 
 
 def _decoder_bytes(vae: Mapping[str, Any], pixels: int, frames: int) -> int:

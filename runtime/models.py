@@ -8,6 +8,7 @@ import torch
 import transformers.utils.logging
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
@@ -141,19 +142,42 @@ def transformers_of(pipeline: Any, family: Family) -> list[Any]:
     return [getattr(pipeline, name) for name in family.facts.transformers]
 
 
-def load_pipeline(folder: Path, model: ModelConfig) -> Any:
+def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True) -> Any:
     """Returns a checkpoint's pipeline on its device, by diffusers' own loader; only local files are read.
 
-    The VAE is kept in fp32, as Wan's authors run it.
+    The VAE is kept in fp32, as Wan's authors run it. On a GPU what encodes prompts and images stays on the host, until
+    `semvid.runtime.denoise` needs it once, and dense attention is cuDNN's where that is the fastest.
+
+    Args:
+        folder: the checkpoint.
+        model: device and precision.
+        encoders: whether they are loaded; of several ranks the first alone encodes.
 
     Raises:
         ValueError: the device is not there, or the checkpoint is of no supported family.
     """
     device = resolve_device(model.device)
     dtypes = {"default": resolve_dtype(model.dtype, device), "vae": torch.float32}
-    pipeline = adapter(family_of(folder)).loader().from_pretrained(folder, dtype=dtypes, local_files_only=True)
+    family = adapter(family_of(folder))
+    left_out = {} if encoders else {name: None for name in family.facts.parts if "encoder" in name}
+    pipeline = family.loader().from_pretrained(folder, dtype=dtypes, local_files_only=True, **left_out)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    if device.type == "cpu":
+        return pipeline
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and "encoder" not in name:
+            part.to(device)
+    prefer_cudnn(pipeline, family)
+    return pipeline
+
+
+def prefer_cudnn(pipeline: Any, family: Family) -> None:
+    """Has dense self-attention computed by cuDNN on GPUs where it is PyTorch's fastest: Hopper and newer."""
+    for transformer in transformers_of(pipeline, family):
+        half = transformer.dtype in (torch.bfloat16, torch.float16)
+        if half and torch.cuda.get_device_capability(transformer.device) >= (9, 0):
+            for attention in family.attentions(transformer):
+                attention.processor._attention_backend = AttentionBackendName(CUDNN)
 
 
 def quiet() -> None:

@@ -202,7 +202,7 @@ class _Video:
         """Times the decoding of the video's latents, as `semvid run` would decode them."""
         model, video = self.deployment.model, self.deployment.config.video
         vae = published.build_vae(model, self.device)
-        tiled = memory.is_tiled(model, video)
+        tiled = memory.is_tiled(model.vae, video.frames, video.height, video.width)
         if tiled:
             vae.enable_tiling()
         geometry = model.geometry

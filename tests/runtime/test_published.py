@@ -91,6 +91,6 @@ def test_more_ranks_need_less_each_and_branches_apart_keep_half_the_state() -> N
 
 def test_whether_a_vae_decodes_in_tiles_follows_from_the_size_alone() -> None:
     wan, hunyuan = published.read("wan2.1-t2v-14b"), published.read("hunyuanvideo")
-    assert not memory.is_tiled(wan, VideoConfig(height=720, width=1280, frames=81))
-    assert memory.is_tiled(hunyuan, VideoConfig(height=720, width=1280, frames=129))
-    assert not memory.is_tiled(hunyuan, VideoConfig(height=80, width=80, frames=9))
+    assert not memory.is_tiled(wan.vae, 81, 720, 1280)
+    assert memory.is_tiled(hunyuan.vae, 129, 720, 1280)
+    assert not memory.is_tiled(hunyuan.vae, 9, 80, 80)
