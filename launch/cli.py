@@ -81,6 +81,8 @@ def _parser() -> Parser:
     run.add_argument("--preset", metavar="NAME", help=preset)
     text = f"denoising steps from one checkpoint to the next; 0: none (default: {JobConfig().checkpoint_steps})"
     run.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=text)
+    text = "each GPU holds a part of the transformer's weights: for models that one can't hold"
+    run.add_argument("--share-weights", action="store_true", default=None, help=text)
     _add_mesh(run)
     run.set_defaults(run=_run, parser=run)
     resume = commands.add_parser(
@@ -252,6 +254,8 @@ def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "
     # Only `run` can be resumed.
     every = getattr(args, "checkpoint_every", 0)
     job = {} if every is None else {"checkpoint_steps": every}
+    if getattr(args, "share_weights", None):
+        job["share_weights"] = True
     options = {"video": video, "model": model, "attention": attention, "job": job}
     config = configs.resolve(
         file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
@@ -274,6 +278,8 @@ def _check_device(config: Config) -> None:
 def _run(args: argparse.Namespace) -> int:
     config = _config(args, args.preset)
     mesh = _mesh(args, config)
+    if config.job.share_weights and mesh.world_size == 1:
+        raise ValueError("--share-weights with one GPU, which has nobody to share with; accepted: --gpus 2 or more")
     job = jobs.create(args.out or jobs.default_folder(config.video.prompt), config)
     return _start(job, mesh, args.json)
 

@@ -12,6 +12,7 @@ from semvid.runtime.published import Published
 from semvid.runtime.schedule import Dense, Refresh, Reuse, decide
 
 KEYS = {"model": str, "gpus": int}
+ACCEPTED = {str: "a text", int: "a whole number"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,7 @@ def read(
         raise ValueError(f"--config is {str(path)!r}, whose [deployment] is {said!r}; accepted: {accepted}")
     for key, value in said.items():
         if type(value) is not KEYS[key]:
-            raise ValueError(f"deployment.{key} is {value!r}; accepted: a {KEYS[key].__name__}")
+            raise ValueError(f"deployment.{key} is {value!r}; accepted: {ACCEPTED[KEYS[key]]}")
     model = published.read(said["model"], "deployment.model")
     # Nothing is generated: any prompt and picture serve.
     config = configs.resolve(table, {"video": {"prompt": "a deployment", **(video or {})}}, preset=preset)

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def add_estimate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add("--model", metavar="DIR|NAME", help=text)
     add("--gpus", type=int, metavar="N", help="GPUs that share the job (default: the deployment's, else 1)")
     add("--mesh", metavar="AXES", help="how they share it (default: chosen, and said why)")
+    add("--share-weights", action="store_true", help="as for run: each GPU holds a part of the transformer's weights")
     add("--gpu-memory", type=float, metavar="GIB", help=f"of each (default: this machine's, else {DEFAULT_GPU_GIB:g})")
     for name in ("height", "width", "frames", "steps"):
         add(f"--{name}", type=int, metavar="N", help="default: the deployment's, else the configuration's")
@@ -48,20 +49,25 @@ def add_estimate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add("--json", action="store_true", help="print one JSON object on stdout; the text goes to stderr")
 
 
-def run(deployment: Deployment, mesh_text: str | None, gpu_bytes: float) -> tuple[dict[str, Any], list[str]]:
+def run(
+    deployment: Deployment, mesh_text: str | None, gpu_bytes: float, *, share_weights: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """Returns the prediction as JSON values and as lines.
 
     Args:
         deployment: model, video, settings and number of GPUs.
         mesh_text: degrees of the axes; None: chosen.
         gpu_bytes: memory of each GPU.
+        share_weights: whether each holds a part of the weights.
 
     Raises:
-        ValueError: the mesh can't be realised.
+        ValueError: the mesh can't be realised, or one GPU shall share with itself.
     """
     mesh, why = choose_mesh(deployment, mesh_text)
+    if share_weights and mesh.world_size == 1:
+        raise ValueError("--share-weights with one GPU, which has nobody to share with; accepted: --gpus 2 or more")
     config = deployment.config
-    need = _need(deployment, mesh)
+    need = _need(deployment, mesh, share=share_weights)
     seconds = speed.predict(deployment.model, config.video, config.attention, mesh)
     counts = step_kinds(deployment)
     passes = deployment.branches // mesh.cfg
@@ -82,6 +88,7 @@ def run(deployment: Deployment, mesh_text: str | None, gpu_bytes: float) -> tupl
         "gpu_bytes": round(gpu_bytes),
         "fits": fits,
         "would_fit": None if fits else alternatives(deployment, gpu_bytes),
+        "share_weights": share_weights,
         "steps": counts,
         "pass_seconds": asdict(seconds),
         "density": speed.DENSITY,
@@ -118,12 +125,18 @@ def choose_mesh(deployment: Deployment, text: str | None) -> tuple[Mesh, str]:
 
 
 def alternatives(deployment: Deployment, gpu_bytes: float) -> str:
-    """Returns what would fit where the deployment does not: more GPUs, or fewer frames."""
+    """Returns what would fit where the deployment does not: shared weights, more GPUs, or fewer frames."""
     found = []
+    mesh = meshes.choose(deployment.gpus, guided=deployment.guided)
+    if mesh.world_size > 1 and _need(deployment, mesh, share=True).peak <= gpu_bytes:
+        found.append("--share-weights")
     for gpus in range(deployment.gpus + 1, MOST_GPUS + 1):
         mesh = meshes.choose(gpus, guided=deployment.guided)
         if _need(deployment, mesh).peak <= gpu_bytes:
             found.append(f"--gpus {gpus} ({mesh})")
+            break
+        if _need(deployment, mesh, share=True).peak <= gpu_bytes:
+            found.append(f"--gpus {gpus} --share-weights ({mesh})")
             break
     mesh = meshes.choose(deployment.gpus, guided=deployment.guided)
     step = deployment.model.geometry.frames_per_latent
@@ -148,13 +161,12 @@ def refuse(report: dict[str, Any]) -> None:
         )
 
 
-def _need(deployment: Deployment, mesh: Mesh, frames: int | None = None) -> Need:
-    video = deployment.config.video
+def _need(deployment: Deployment, mesh: Mesh, frames: int | None = None, *, share: bool = False) -> Need:
+    video, attention = deployment.config.video, deployment.config.attention
     if frames is not None:
-        import dataclasses
-
-        video = dataclasses.replace(video, frames=frames)
-    return memory.predict(deployment.model, video, deployment.config.attention, mesh, guided=deployment.guided)
+        video = replace(video, frames=frames)
+    how = {"guided": deployment.guided, "share_weights": share}
+    return memory.predict(deployment.model, video, attention, mesh, **how)
 
 
 def _lines(report: dict[str, Any], need: Need) -> list[str]:
@@ -184,7 +196,7 @@ def _lines(report: dict[str, Any], need: Need) -> list[str]:
 
 def _estimate(args: argparse.Namespace) -> int:
     deployment = _deployment(args)
-    report, lines = run(deployment, args.mesh, _gpu_bytes(args.gpu_memory))
+    report, lines = run(deployment, args.mesh, _gpu_bytes(args.gpu_memory), share_weights=args.share_weights)
     print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, allow_nan=False))

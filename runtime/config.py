@@ -112,6 +112,9 @@ class JobConfig:
     """A checkpoint is written after every so many denoising steps; 0: there are no checkpoints at all."""
     checkpoint_seconds: float = 300.0
     """And after the first step that ends so many seconds after the last one; 0: never."""
+    share_weights: bool = False
+    """Each rank holds an equal part of the transformer's weights and gathers them block by block: for models that a GPU
+    can't hold. It needs several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,7 +322,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return None if value is None else _convert(args[0], value, name)
     if kind is float and type(value) is int:
         return float(value)
-    accepted = {int: "a whole number", float: "a number", str: "a text"}
+    accepted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     _require(type(value) is kind, name, value, accepted[kind])
     return value
 

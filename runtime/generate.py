@@ -99,6 +99,8 @@ def generate(
     """
     # Here and not only on the command line: whoever starts a job, a size that does not fit is never changed silently.
     folder.check(job.config, folder.inspect(folder.locate(job.config.model.path)))
+    if job.config.job.share_weights and (ranks is None or ranks.mesh.world_size == 1):
+        raise ValueError("job.share_weights is True, but there is one GPU to hold them; accepted: several, by --gpus")
     run = _Run(job, watch, ranks or Ranks(), say, told_to_stop)
     found = run.find()
     run.log("start", state="running", mesh=str(run.ranks.mesh), world_size=run.ranks.mesh.world_size)
@@ -170,8 +172,8 @@ class _Run:
     def all(self, pipeline: Any, found: Checkpoint | None) -> Result | None:
         config = self.job.config
         if pipeline is None:
-            path, encoders = folder.locate(config.model.path), self.leads
-            pipeline = self._phase("load", lambda: models.load_pipeline(path, config.model, encoders=encoders))
+            path, how = folder.locate(config.model.path), {"encoders": self.leads, "share": config.job.share_weights}
+            pipeline = self._phase("load", lambda: models.load_pipeline(path, config.model, **how))
         seed = config.video.seed
         handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"

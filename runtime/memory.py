@@ -68,7 +68,15 @@ class Need:
         return max(self.phases.values())
 
 
-def predict(model: Published, video: VideoConfig, attention: AttentionConfig, mesh: Mesh, *, guided: bool) -> Need:
+def predict(
+    model: Published,
+    video: VideoConfig,
+    attention: AttentionConfig,
+    mesh: Mesh,
+    *,
+    guided: bool,
+    share_weights: bool = False,
+) -> Need:
     """Returns what a video needs on each rank of a mesh.
 
     Args:
@@ -77,10 +85,14 @@ def predict(model: Published, video: VideoConfig, attention: AttentionConfig, me
         attention: says the clusters and the dense layers.
         mesh: how the ranks share it.
         guided: whether there are two branches.
+        share_weights: whether each rank holds a part of the transformers' weights.
     """
     tokens = model.geometry.tokens(video)
     rows = -(-tokens // mesh.sequence)
     transformers = parameters(model) * len(model.family.transformers)
+    if share_weights:
+        # A rank's part, and two blocks gathered: the one that runs and the next.
+        transformers = transformers // mesh.world_size + 2 * parameters(model) // model.geometry.layers
     tiled = is_tiled(model.vae, video.frames, video.height, video.width)
     return Need(
         weights=HALF * transformers + SINGLE * model.vae_parameters,

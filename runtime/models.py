@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
+from semvid.parallel.weights import share_weights
 from semvid.parallel.windows import open_windows
 from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
 from semvid.runtime.families.adapters import adapter, adapter_of
@@ -142,7 +143,7 @@ def transformers_of(pipeline: Any, family: Family) -> list[Any]:
     return [getattr(pipeline, name) for name in family.facts.transformers]
 
 
-def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True) -> Any:
+def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True, share: bool = False) -> Any:
     """Returns a checkpoint's pipeline on its device, by diffusers' own loader; only local files are read.
 
     The VAE is kept in fp32, as Wan's authors run it. On a GPU what encodes prompts and images stays on the host, until
@@ -152,6 +153,7 @@ def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True) ->
         folder: the checkpoint.
         model: device and precision.
         encoders: whether they are loaded; of several ranks the first alone encodes.
+        share: whether the ranks of the default process group share the transformer's weights; every one must enter.
 
     Raises:
         ValueError: the device is not there, or the checkpoint is of no supported family.
@@ -162,6 +164,9 @@ def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True) ->
     left_out = {} if encoders else {name: None for name in family.facts.parts if "encoder" in name}
     pipeline = family.loader().from_pretrained(folder, dtype=dtypes, local_files_only=True, **left_out)
     pipeline.set_progress_bar_config(disable=True)
+    if share:
+        for transformer in transformers_of(pipeline, family):
+            share_weights(transformer.requires_grad_(False), family.blocks(transformer))
     if device.type == "cpu":
         return pipeline
     for name, part in pipeline.components.items():

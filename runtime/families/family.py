@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semvid.runtime.config import VideoConfig
 from semvid.runtime.families.facts import Facts
@@ -22,6 +22,9 @@ class Family(Protocol):
 
     def loader(self) -> Any:
         """Returns the diffusers pipeline class that loads a checkpoint."""
+
+    def blocks(self, transformer: Any) -> list[Any]:
+        """Returns the blocks of a transformer, in the order of use."""
 
     def attentions(self, transformer: Any) -> list[Any]:
         """Returns the self-attention modules of a transformer, first layer first."""
@@ -100,8 +103,3 @@ def stages(facts: Facts, pipeline: Any, video: VideoConfig, timesteps: Sequence[
     share = pipeline.config.boundary_ratio if video.boundary is None else video.boundary
     boundary = share * pipeline.scheduler.config.num_train_timesteps
     return [0 if timestep >= boundary else 1 for timestep in timesteps]
-
-
-def first_sequential(transformer: nn.Module, name: str) -> list[Any]:
-    """Returns the modules of a ModuleList."""
-    return list(transformer.get_submodule(name).children())

@@ -46,9 +46,13 @@ class Hunyuan:
         """Returns the pipeline class that the checkpoint names."""
         return diffusers.HunyuanVideoPipeline
 
+    def blocks(self, transformer: Any) -> list[Any]:
+        """Returns the double blocks, then the single ones."""
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
     def attentions(self, transformer: Any) -> list[Any]:
-        """Returns the joint attention of the double blocks, then of the single ones."""
-        return [block.attn for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]]
+        """Returns the joint attention of each."""
+        return [block.attn for block in self.blocks(transformer)]
 
     def processor(self, stock: Processor, session: Session, layer: int) -> Processor:
         """Returns the processor of a block's joint attention."""

@@ -28,9 +28,13 @@ class Wan:
         """Returns the pipeline class that the checkpoint names."""
         return getattr(diffusers, self.facts.pipeline)
 
+    def blocks(self, transformer: Any) -> list[Any]:
+        """Returns the blocks."""
+        return list(transformer.blocks)
+
     def attentions(self, transformer: Any) -> list[Any]:
         """Returns the self-attention of every block; cross-attention stays as it is, text and image tokens alike."""
-        return [block.attn1 for block in transformer.blocks]
+        return [block.attn1 for block in self.blocks(transformer)]
 
     def processor(self, stock: Processor, session: Session, layer: int) -> Processor:
         """Returns the processor of a block's self-attention."""

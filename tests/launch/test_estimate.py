@@ -58,6 +58,17 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixt
     assert "GiB and more" in capsys.readouterr().err
 
 
+def test_shared_weights_need_less_and_several_gpus() -> None:
+    two = deployments.read(Path("wan2.2-a14b-720p"), gpus=2)
+    whole, _ = estimate.run(two, None, 50 * GIB)
+    shared, _ = estimate.run(two, None, 50 * GIB, share_weights=True)
+    assert not whole["fits"]
+    assert "--share-weights" in whole["would_fit"]
+    assert shared["fits"]
+    with pytest.raises(ValueError, match="--share-weights with one GPU"):
+        estimate.run(deployments.read(Path("toy")), None, GIB, share_weights=True)
+
+
 def test_a_checkpoint_folder_is_estimated(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
     assert main(["estimate", "--model", str(tiny_model), "--height", "64", "--width", "96", "--frames", "17"]) == 0
     assert "120 tokens" in capsys.readouterr().out
@@ -87,5 +98,5 @@ def test_a_deployment_without_its_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"whose \[deployment\] is None; accepted: a \[deployment\] with model"):
         deployments.read(path)
     path.write_text('[deployment]\nmodel = "toy"\ngpus = "two"\n')
-    with pytest.raises(ValueError, match="deployment.gpus is 'two'; accepted: a int"):
+    with pytest.raises(ValueError, match="deployment.gpus is 'two'; accepted: a whole number"):
         deployments.read(path)

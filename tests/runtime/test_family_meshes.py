@@ -83,3 +83,21 @@ def test_latents_are_those_of_one_process(
     world: int, meshes: list[Mesh], family_config: Callable[..., Config], spawn: Callable[..., None]
 ) -> None:
     spawn(world, _equals_one_process, meshes, {name: family_config(name, REUSING) for name in NAMES})
+
+
+def _with_shared_weights(rank: int, world: int, config: Config) -> None:
+    ranks, path = connect(Mesh(cfg=2)), locate(config.model.path)
+    expected, _ = latents(models.load_pipeline(path, config.model), config, ranks, Replay())
+    # Of several ranks the first alone encodes.
+    pipeline = models.load_pipeline(path, config.model, encoders=rank == 0, share=True)
+    assert (pipeline.text_encoder is None) == (rank > 0)
+    found, _ = latents(pipeline, config, ranks, Replay())
+    assert torch.equal(found, expected)
+    held = sum(x.to_local().numel() for x in pipeline.transformer.blocks.parameters())
+    assert held < 0.6 * sum(x.numel() for x in pipeline.transformer.blocks.parameters())
+
+
+def test_shared_weights_and_one_encoder_give_the_same_latents(
+    family_config: Callable[..., Config], spawn: Callable[..., None]
+) -> None:
+    spawn(2, _with_shared_weights, family_config("wan2.1-i2v-14b", REUSING))
