@@ -131,6 +131,7 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench_commands.add_layer(what.add_parser)
     video_commands.add_e2e(what.add_parser)
     video_commands.add_throughput(what.add_parser)
+    video_commands.add_checkpoint(what.add_parser)
     _add_bench_plan(what)
     kernels = what.add_parser(
         "kernels",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semvid.runtime.config import CONFIGS, read_toml
+from semvid.runtime.config import CONFIGS, DEMO_MODEL, read_toml
 from semvid.runtime.families import facts
 from semvid.runtime.families.facts import Facts
 from semvid.runtime.folder import Geometry, geometry, inspect
@@ -155,6 +155,39 @@ def build_encoder(encoder: Encoder, device: "torch.device", dtype: "torch.dtype"
     with _made_in(device, dtype):
         made = kind(kind.config_class(**encoder.config))
     return made.requires_grad_(False).eval()
+
+
+def build_pipeline(model: Published, device: "torch.device", dtype: "torch.dtype") -> Any:
+    """Returns a whole pipeline of random weights, which `save_pretrained` makes a checkpoint of.
+
+    Tokenizers are the demo model's, with the few words that it knows.
+    """
+    import diffusers
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL / "tokenizer", local_files_only=True)
+    # In the order of their names in the family's parts.
+    encoders = [build_encoder(encoder, device, dtype) for encoder in model.encoders]
+    parts: dict[str, Any] = {"vae": build_vae(model, device)}
+    for name in model.family.parts:
+        if "tokenizer" in name:
+            parts[name] = tokenizer
+        elif "encoder" in name:
+            parts[name] = encoders.pop(0)
+        elif name == "image_processor":
+            parts[name] = transformers.CLIPImageProcessor()
+    for number, name in enumerate(model.family.transformers):
+        parts[name] = build_transformer(model, device, dtype, seed=number)
+    if model.family.joint:
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    else:
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+        parts["scheduler"] = diffusers.UniPCMultistepScheduler(**flow)
+    if len(model.family.transformers) == 2:
+        parts["boundary_ratio"] = model.boundary_ratio
+    if model.family.name == "wan2.2-ti2v":
+        parts["expand_timesteps"] = True
+    return getattr(diffusers, model.family.pipeline)(**parts)
 
 
 @contextlib.contextmanager

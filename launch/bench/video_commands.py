@@ -1,4 +1,4 @@
-"""The command lines of `semvid bench e2e` and `semvid bench throughput`."""
+"""The command lines of `semvid bench e2e`, `bench throughput` and `bench checkpoint`."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from semvid.launch.bench import video_options
 from semvid.launch.bench.video_options import PARTS, E2eOptions, ThroughputOptions
 from semvid.runtime import config as configs
 from semvid.runtime import job as jobs
+from semvid.runtime import published
 
 AddParser = Callable[..., argparse.ArgumentParser]
 
@@ -69,6 +70,36 @@ def add_throughput(add_parser: AddParser) -> None:
     add("--device", choices=("cuda", "cpu"), default=default.device, help="default: %(default)s")
     add("--out", metavar="DIR", type=Path, help=f"the jobs' folder (default: a new one in {jobs.DEFAULT_ROOT}/)")
     add("--json", action="store_true", help="print one JSON object on stdout; the table goes to stderr")
+
+
+def add_checkpoint(add_parser: AddParser) -> None:
+    """Adds `checkpoint` to what `bench` can do."""
+    parser = add_parser(
+        "checkpoint",
+        help="write a published model with random weights as a diffusers checkpoint, for whole jobs without its weights",
+        description="Write a checkpoint of full size with random weights; what it makes is noise.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_checkpoint, parser=parser)
+    parser.add_argument("--model", metavar="NAME", required=True, help=", ".join(published.names()))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is made (default: cuda)")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder")
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    model = published.read(args.model)
+    if args.out.exists():
+        raise ValueError(f"--out is {str(args.out)!r}, which exists; accepted: a new folder")
+    import torch
+
+    from semvid.runtime.session import resolve_device
+
+    device = resolve_device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    published.build_pipeline(model, device, dtype).save_pretrained(args.out, max_shard_size="5GB")
+    size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
+    print(f"checkpoint  {args.out} ({size / 2**30:.1f} GiB, random weights)")
+    return 0
 
 
 def _e2e(args: argparse.Namespace) -> int:

@@ -122,6 +122,17 @@ def test_throughput_runs_jobs_in_groups_of_every_size(
     assert (tmp_path / "1x2" / "job-1" / "video.mp4").exists()
 
 
+def test_a_checkpoint_of_random_weights_runs_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(tmp_path / "toy"), "--device", "cpu"]
+    assert main(["bench", "checkpoint", "--model", "toy", "--device", "cpu", "--out", str(tmp_path / "toy")]) == 0
+    size = ["--height", "32", "--width", "32", "--frames", "5", "--steps", "2", "--dtype", "fp32"]
+    assert main(["run", "a red ball", *model, *size, "--out", str(tmp_path / "job")]) == 0
+    assert (tmp_path / "job" / "video.mp4").exists()
+    capsys.readouterr()
+    assert main(["bench", "checkpoint", "--model", "toy", "--device", "cpu", "--out", str(tmp_path / "toy")]) == 2
+    assert "which exists; accepted: a new folder" in capsys.readouterr().err
+
+
 def test_a_case_is_summed_up() -> None:
     found = throughput.summary([10.0, 20.0, 20.0, 30.0], [10.0, 10.0, 20.0, 10.0], 2, 4)
     assert found["groups"] == "2 x 2"
