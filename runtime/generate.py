@@ -172,8 +172,7 @@ class _Run:
     def all(self, pipeline: Any, found: Checkpoint | None) -> Result | None:
         config = self.job.config
         if pipeline is None:
-            path, how = folder.locate(config.model.path), {"encoders": self.leads, "share": config.job.share_weights}
-            pipeline = self._phase("load", lambda: models.load_pipeline(path, config.model, **how))
+            pipeline = self._phase("load", self._load)
         seed = config.video.seed
         handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"
@@ -191,6 +190,15 @@ class _Run:
         result = self._finish(pipeline, handle, state, density) if self.leads else None
         self.writer.join()
         return result
+
+    def _load(self) -> Any:
+        config = self.job.config
+        return models.load_pipeline(
+            folder.locate(config.model.path),
+            config.model,
+            encoders="host" if self.leads else "none",
+            share=config.job.share_weights,
+        )
 
     def _finish(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density) -> Result:
         frames = self._phase("decode", lambda: denoise.decode(pipeline, state))

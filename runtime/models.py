@@ -1,7 +1,7 @@
 """Loading a checkpoint, and putting semvid's attention into a pipeline and out again."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers.utils.logging
 import torch
@@ -143,16 +143,22 @@ def transformers_of(pipeline: Any, family: Family) -> list[Any]:
     return [getattr(pipeline, name) for name in family.facts.transformers]
 
 
-def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True, share: bool = False) -> Any:
+def load_pipeline(
+    folder: Path,
+    model: ModelConfig,
+    *,
+    encoders: Literal["device", "host", "none"] = "device",
+    share: bool = False,
+) -> Any:
     """Returns a checkpoint's pipeline on its device, by diffusers' own loader; only local files are read.
 
-    The VAE is kept in fp32, as Wan's authors run it. On a GPU what encodes prompts and images stays on the host, until
-    `semvid.runtime.denoise` needs it once, and dense attention is cuDNN's where that is the fastest.
+    The VAE is kept in fp32, as Wan's authors run it. On a GPU dense attention is cuDNN's where that is the fastest.
 
     Args:
         folder: the checkpoint.
         model: device and precision.
-        encoders: whether they are loaded; of several ranks the first alone encodes.
+        encoders: where what encodes prompts and images is put. "host": `semvid.runtime.denoise` brings it to the device
+            for the one time that it is needed; "none": it is not loaded, as of several ranks the first alone encodes.
         share: whether the ranks of the default process group share the transformer's weights; every one must enter.
 
     Raises:
@@ -161,7 +167,7 @@ def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True, sh
     device = resolve_device(model.device)
     dtypes = {"default": resolve_dtype(model.dtype, device), "vae": torch.float32}
     family = adapter(family_of(folder))
-    left_out = {} if encoders else {name: None for name in family.facts.parts if "encoder" in name}
+    left_out = {name: None for name in family.facts.parts if "encoder" in name} if encoders == "none" else {}
     pipeline = family.loader().from_pretrained(folder, dtype=dtypes, local_files_only=True, **left_out)
     pipeline.set_progress_bar_config(disable=True)
     if share:
@@ -170,7 +176,7 @@ def load_pipeline(folder: Path, model: ModelConfig, *, encoders: bool = True, sh
     if device.type == "cpu":
         return pipeline
     for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and "encoder" not in name:
+        if isinstance(part, torch.nn.Module) and (encoders == "device" or "encoder" not in name):
             part.to(device)
     prefer_cudnn(pipeline, family)
     return pipeline

@@ -76,8 +76,8 @@ class Replay:
         for layer, attention in enumerate(attentions):
             attention.set_processor(_Noting(self, layer, attention.processor))
 
-    def _map(self, q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: float, floor: float) -> BlockMap:
-        self.real.top_p_map(q_centroids, k_centroids, k_sizes, p, floor)
+    def _map(self, q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, *rule: Any, **more: Any) -> BlockMap:
+        self.real.top_p_map(q_centroids, k_centroids, k_sizes, *rule, **more)
         if self.layer not in self.drawn:
             self.drawn[self.layer] = self._draw(q_centroids, k_sizes)
         return BlockMap(self.drawn[self.layer] & (k_sizes > 0)[:, None])

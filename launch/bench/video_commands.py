@@ -76,7 +76,7 @@ def add_checkpoint(add_parser: AddParser) -> None:
     """Adds `checkpoint` to what `bench` can do."""
     parser = add_parser(
         "checkpoint",
-        help="write a published model with random weights as a diffusers checkpoint, for whole jobs without its weights",
+        help="write a published model with random weights as a diffusers checkpoint, for jobs without its own",
         description="Write a checkpoint of full size with random weights; what it makes is noise.",
         allow_abbrev=False,
     )
