@@ -121,6 +121,7 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.set_defaults(run=None, parser=bench)
     what = bench.add_subparsers(metavar="WHAT", parser_class=Parser)
     bench_commands.add_layer(what.add_parser)
+    bench_commands.add_attention(what.add_parser)
     _add_bench_plan(what)
     kernels = what.add_parser(
         "kernels",
