@@ -1,13 +1,35 @@
 """What a job remembers from step to step: clusters, plans and exchanges, per (layer, branch)."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Plan
 from semvid.parallel.exchange import Counts, Exchange
 from semvid.parallel.maps import pack_bits
+from semvid.runtime.schedule import Refreshed
+
+
+class Changed:
+    """How many labels a refresh changed, on its way to the host; read a step later, when it has long arrived."""
+
+    def __init__(self, count: Tensor, labels: int) -> None:
+        """Starts the copy of `count`, int32 [1] and the same on every rank, of so many `labels` in all."""
+        self._labels = labels
+        self._arrived: Any = None
+        self._count = count
+        if count.is_cuda:
+            self._count = torch.empty(1, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def share(self) -> float:
+        """Returns the share of labels that changed, 0 .. 1."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._count) / self._labels
 
 
 class Memory(NamedTuple):
@@ -26,6 +48,19 @@ class Memory(NamedTuple):
     """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads; None where the plan has it."""
     counts: Counts | None = None
     """What an exchange is planned from, where the memory comes from a checkpoint."""
+    log_n: Tensor | None = None
+    """fp32 [H, Ck]: what stand-ins weigh, see `semvid.parallel.tail`; None without a tail."""
+    step: int = 0
+    """Of this refresh."""
+    interval: int = 0
+    """Steps since the refresh before it, as they were planned; 0: it was seeded."""
+    drift: Changed | float | None = None
+    """The share of labels that it changed, or what will tell it; None where nobody counts."""
+
+    def refreshed(self) -> Refreshed:
+        """Returns what the schedule reads; waits for a count that is on its way."""
+        drift = self.drift.share() if isinstance(self.drift, Changed) else self.drift
+        return Refreshed(self.step, self.interval, drift)
 
     def map_bits(self) -> Tensor:
         """Returns the map of all heads, uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first lowest."""
@@ -39,16 +74,30 @@ class Cache:
     memories: dict[tuple[int, str], Memory] = field(default_factory=dict)
     dense: dict[tuple[object, ...], Exchange] = field(default_factory=dict)
     """Exchanges of dense calls, which hang on sizes alone."""
+    earlier: dict[tuple[int, str], tuple[int, Tensor, Tensor]] = field(default_factory=dict)
+    """Step and centroids of queries and keys of the refresh before the last, where branches share them."""
 
     def get(self, layer: int, branch: str) -> Memory | None:
         """Returns the memory of a layer and branch, None before its first refresh."""
         return self.memories.get((layer, branch))
 
-    def put(self, layer: int, branch: str, memory: Memory) -> None:
-        """Keeps `memory` in place of the one before."""
+    def put(self, layer: int, branch: str, memory: Memory, *, shared: bool = False) -> None:
+        """Keeps `memory` in place of the one before, whose centroids stay too if they are `shared`."""
+        before = self.get(layer, branch)
+        if shared and before is not None and before.step < memory.step:
+            self.earlier[layer, branch] = (before.step, before.queries.centroids, before.keys.centroids)
         self.memories[layer, branch] = memory
+
+    def centroids_before(self, layer: int, branch: str, step: int) -> list[Tensor] | None:
+        """Returns the newest centroids of queries and keys of a step before `step`, None if there are none."""
+        last = self.get(layer, branch)
+        if last is not None and last.step < step:
+            return [last.queries.centroids, last.keys.centroids]
+        found = self.earlier.get((layer, branch))
+        return list(found[1:]) if found is not None and found[0] < step else None
 
     def reset(self) -> None:
         """Forgets everything: a new job begins."""
         self.memories.clear()
         self.dense.clear()
+        self.earlier.clear()

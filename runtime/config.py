@@ -78,16 +78,39 @@ class AttentionConfig:
     """Share of the estimated attention mass that a query cluster's selected key clusters reach, 0 < p <= 1."""
     floor: float = 0.1
     """Least share of key clusters selected, 0 .. 1."""
+    density: float | None = None
+    """The share of token pairs that each sparse call computes, stand-ins counted; p is found for it, layer by layer."""
+    head_floor: float = 0.0
+    """Least share of token pairs that each head computes, 0 .. 1: p of a head is raised to it."""
+    selection: Literal["mass", "error"] = "mass"
+    """"mass": the clusters with the most attention mass first. "error": those first whose stand-in would err most for
+    each key it saves; needs the tail."""
+    tail: Literal["none", "first", "second"] = "none"
+    """"first": key clusters that are not selected enter through their mean key and mean value. "second": weighed by the
+    spread of the cluster's keys too."""
     dense_steps: float = 0.2
     """Share of the steps, from the first, that stay dense; rounded down to whole steps."""
     dense_layers: int = 1
     """Layers, from the first, that stay dense."""
+    seeding: Literal["random", "spread"] = "random"
+    """Where k-means starts the first time: "random" tokens, or tokens of a sample that are "spread" far apart."""
     first_iterations: int = 50
-    """k-means iterations the first time, from random tokens."""
+    """k-means iterations the first time."""
     iterations: int = 2
     """k-means iterations of a refresh, from the centroids of the step before."""
+    refresh: Literal["fixed", "growing", "drift"] = "fixed"
+    """When clusters and map are refreshed: every `refresh_every` steps; at intervals that grow from it; or at intervals
+    that start with it, are halved where labels drift and doubled where they stay."""
     refresh_every: int = 1
     """Clusters and map are refreshed every so many steps and reused in between."""
+    refresh_growth: float = 2.0
+    """"growing": each interval is so many times the one before."""
+    refresh_most: int = 25
+    """"growing" and "drift": the longest interval, in steps."""
+    drift: float = 0.08
+    """"drift": the share of labels that may change from one refresh to the next; below half of it intervals grow."""
+    share_branches: Literal["no", "yes"] = "no"
+    """"yes": refreshes of the unconditional branch start from the conditional one's centroids of an earlier step."""
     clusters: tuple[ClusterCounts, ...] = (ClusterCounts(tokens=75_600, query=300, key=1000),)
     """The row nearest in tokens holds; below the smallest, its counts shrink with the square root of the tokens."""
     query_clusters: int | None = None
@@ -209,6 +232,7 @@ def check(config: Config) -> None:
     _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
     _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
     _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
+    _check_reuse(attention)
     job = config.job
     _require(job.checkpoint_steps >= 0, "job.checkpoint_steps", job.checkpoint_steps, "0 or more; 0 is never")
     seconds = job.checkpoint_seconds
@@ -225,6 +249,46 @@ def check(config: Config) -> None:
     for row in attention.clusters:
         for part in ("tokens", "query", "key"):
             _require(getattr(row, part) >= 1, f"attention.clusters.{part}", getattr(row, part), "1 or more")
+
+
+def _check_reuse(attention: AttentionConfig) -> None:
+    """Raises ValueError for options of the tail, the budget or the schedule that are not accepted."""
+    budget, least = attention.density, attention.head_floor
+    _require(budget is None or 0 < budget <= 1, "attention.density", budget, "0 < density <= 1")
+    most = 1.0 if budget is None else budget
+    _require(0 <= least <= most, "attention.head_floor", least, f"0 .. {most:g}, no more than attention.density")
+    needs = "mass; error needs attention.tail centroids"
+    _require(attention.selection == "mass" or attention.tail != "none", "attention.selection", "error", needs)
+    growth, drift = attention.refresh_growth, attention.drift
+    _require(math.isfinite(growth) and growth >= 1, "attention.refresh_growth", growth, "1 or more")
+    most_steps = attention.refresh_most
+    if attention.refresh != "fixed":
+        every = f"{attention.refresh_every} (attention.refresh_every) or more"
+        _require(most_steps >= attention.refresh_every, "attention.refresh_most", most_steps, every)
+    _require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
+    shares, accepted = attention.share_branches, "no where attention.refresh is drift: it would count every label"
+    _require(shares == "no" or attention.refresh != "drift", "attention.share_branches", shares, accepted)
+
+
+def check_mesh(attention: AttentionConfig, cfg: int) -> None:
+    """Raises ValueError if the branches share centroids where the mesh has them on `cfg` > 1 groups of ranks.
+
+    There each rank clusters for one branch alone, so there is nothing to save, and centroids would have to travel.
+    """
+    shares = attention.share_branches
+    _require(shares == "no" or cfg == 1, "attention.share_branches", shares, "no where the mesh has cfg=2, or cfg=1")
+
+
+def check_tokens(attention: AttentionConfig, tokens: int) -> None:
+    """Raises ValueError if a sequence of `tokens` tokens can't have the clusters or the density asked for."""
+    _, keys = cluster_counts(attention, tokens)
+    least = keys / tokens if attention.tail != "none" else 0.0
+    _require(
+        attention.density is None or attention.density > least,
+        "attention.density",
+        attention.density,
+        f"more than {least:.4f}: so much do the stand-ins of {keys} key clusters cost {tokens} tokens",
+    )
 
 
 def cluster_counts(attention: AttentionConfig, tokens: int) -> tuple[int, int]:

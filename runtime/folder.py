@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, cluster_counts, read_toml
+from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, check_tokens, read_toml
 
 FAMILIES = ("Wan 2.1 text-to-video (WanPipeline)",)
 DEFAULTS_FILE = "semvid.toml"
@@ -88,7 +88,7 @@ def check(config: Config, geometry: Geometry) -> None:
     """Raises ValueError if the video or the clusters of a configuration do not fit the model."""
     check_size(config.video, geometry)
     if config.attention.method == "clusters":
-        cluster_counts(config.attention, geometry.tokens(config.video))
+        check_tokens(config.attention, geometry.tokens(config.video))
 
 
 def check_size(video: VideoConfig, geometry: Geometry) -> None:

@@ -1,7 +1,8 @@
 """The state of one job on one pipeline: where the denoising loop is, what it remembers, what it has counted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from semvid.parallel.ranks import Ranks
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import Windows
 from semvid.runtime.cache import Cache, Memory
-from semvid.runtime.config import AttentionConfig
+from semvid.runtime.config import AttentionConfig, check_mesh
 from semvid.runtime.metrics import Density, DensityMeter
 
 
@@ -45,8 +46,20 @@ class Session:
     """Memory that the ranks of the sequence share, where they can; rows travel by collectives otherwise."""
     shard: Shard | None = None
     """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
+    renew: Callable[..., Any] | None = None
+    """Stands in for `semvid.runtime.refresh.refresh`, for other ways to divide the tokens beside ours."""
+    probe: Callable[..., None] | None = None
+    """Called after each sparse call with layer, q, k, v, out and the memory that it went by."""
     first_head: int = 0
     """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
+
+    def __post_init__(self) -> None:
+        """Refuses what the mesh can't do.
+
+        Raises:
+            ValueError: branches share centroids, but run on several ranks.
+        """
+        check_mesh(self.config, self.ranks.mesh.cfg)
 
     def enter(self, position: Position) -> None:
         """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.
