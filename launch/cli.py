@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from semvid.launch import env
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
+from semvid.launch.bench import quality_command
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
@@ -121,6 +122,7 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.set_defaults(run=None, parser=bench)
     what = bench.add_subparsers(metavar="WHAT", parser_class=Parser)
     bench_commands.add_layer(what.add_parser)
+    quality_command.add_quality(what.add_parser)
     _add_bench_plan(what)
     kernels = what.add_parser(
         "kernels",

@@ -170,10 +170,20 @@ def read_preset(name: str, option: str = "--preset") -> dict[str, Any]:
         known = presets()
         raise ValueError(f"{option} is {name!r}; accepted: {', '.join(known)}, or a .toml file{_near(name, known)}")
     layer = read_toml(path, option)
-    stray = sorted(set(layer) - {"attention"})
+    stray = sorted(set(layer) - {"attention", "measured"})
     if stray:
-        raise ValueError(f"{option} is {name!r}, a file with {stray[0]!r}; a preset holds [attention] alone")
+        raise ValueError(f"{option} is {name!r}, a file with {stray[0]!r}; a preset holds [attention] and measured")
     return dict(layer.get("attention", {}))
+
+
+def measured(name: str) -> str | None:
+    """Returns what a preset's file says on where its values were measured, None if it says nothing or is gone."""
+    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get("measured")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def resolve(
