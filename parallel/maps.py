@@ -50,26 +50,31 @@ def gather_map(
         ranks: the mesh and this rank's place on it.
         bias: fp32 [H, Ck], see `top_p_map`.
     """
-    H, Cq, _ = queries.centroids.shape
-    Ck = keys.centroids.shape[1]
+    H, Ck, _ = keys.centroids.shape
     group = ranks.sequence
-    with phase("all-gather"):
-        local = torch.cat([side.permutation.offsets.diff(dim=1) for side in (queries, keys)], dim=1)
-        counts = all_gather(local.contiguous(), group)
+    of_queries, of_keys = gather_counts(queries, keys, group)
     with phase("map"):
-        own = own_heads(H, ranks, local.device)
+        own = own_heads(H, ranks, keys.sizes.device)
         block_map = find_map(sides_of(queries, keys, bias, own), rule, ops, mean_over(H, group))
         computed = columns(block_map, keys.sizes[own], tail=rule.tail)
         record = torch.cat([pack_bits(block_map.selected), computed[..., None].view(torch.uint8)], dim=-1)
     with phase("all-gather"):
         record = all_gather(record, group).flatten(0, 1)[:H]
     bits, computed = record.split([record.shape[-1] - 4, 4], dim=-1)
-    of_queries, of_keys = counts.split([Cq, Ck], dim=2)
     return GlobalMap(
         bits,
         Ck,
         Counts(of_queries, of_keys, computed.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., 0]),
     )
+
+
+def gather_counts(queries: Clusters, keys: Clusters, group: Group) -> tuple[Tensor, Tensor]:
+    """Returns each shard's tokens in each query and key cluster, int32 [P, H, C]; every rank of `group` must enter."""
+    sides = [side.permutation.offsets.diff(dim=1) for side in (queries, keys)]
+    with phase("all-gather"):
+        counts = all_gather(torch.cat(sides, dim=1), group)
+    of_queries, of_keys = counts.split([side.shape[1] for side in sides], dim=2)
+    return of_queries, of_keys
 
 
 def sides_of(queries: Clusters, keys: Clusters, bias: Tensor | None, heads: Tensor | slice = slice(None)) -> Sides:

@@ -17,6 +17,7 @@ class Changed:
 
     def __init__(self, count: Tensor, labels: int) -> None:
         """Starts the copy of `count`, int32 [1] and the same on every rank, of so many `labels` in all."""
+        self.count = count
         self._labels = labels
         self._arrived: Any = None
         self._count = count
@@ -74,30 +75,16 @@ class Cache:
     memories: dict[tuple[int, str], Memory] = field(default_factory=dict)
     dense: dict[tuple[object, ...], Exchange] = field(default_factory=dict)
     """Exchanges of dense calls, which hang on sizes alone."""
-    earlier: dict[tuple[int, str], tuple[int, Tensor, Tensor]] = field(default_factory=dict)
-    """Step and centroids of queries and keys of the refresh before the last, where branches share them."""
 
     def get(self, layer: int, branch: str) -> Memory | None:
         """Returns the memory of a layer and branch, None before its first refresh."""
         return self.memories.get((layer, branch))
 
-    def put(self, layer: int, branch: str, memory: Memory, *, shared: bool = False) -> None:
-        """Keeps `memory` in place of the one before, whose centroids stay too if they are `shared`."""
-        before = self.get(layer, branch)
-        if shared and before is not None and before.step < memory.step:
-            self.earlier[layer, branch] = (before.step, before.queries.centroids, before.keys.centroids)
+    def put(self, layer: int, branch: str, memory: Memory) -> None:
+        """Keeps `memory` in place of the one before."""
         self.memories[layer, branch] = memory
-
-    def centroids_before(self, layer: int, branch: str, step: int) -> list[Tensor] | None:
-        """Returns the newest centroids of queries and keys of a step before `step`, None if there are none."""
-        last = self.get(layer, branch)
-        if last is not None and last.step < step:
-            return [last.queries.centroids, last.keys.centroids]
-        found = self.earlier.get((layer, branch))
-        return list(found[1:]) if found is not None and found[0] < step else None
 
     def reset(self) -> None:
         """Forgets everything: a new job begins."""
         self.memories.clear()
         self.dense.clear()
-        self.earlier.clear()

@@ -138,7 +138,9 @@ def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[st
         ValueError: the scheduler holds something other than tensors and plain values.
     """
     ranks, taken = session.ranks, {}
-    for (layer, branch), memory in session.cache.memories.items():
+    # Of memories that branches share the conditional one's ranks write.
+    memories = {} if session.shared and ranks.place.cfg > 0 else session.cache.memories
+    for (layer, branch), memory in memories.items():
         place = f"{branch}/{layer}"
         for side, clusters in (("queries", memory.queries), ("keys", memory.keys)):
             taken[f"{place}/{side}/labels"] = _narrowed(clusters.labels, clusters.centroids.shape[1])
@@ -190,7 +192,7 @@ def restore(found: Checkpoint, session: Session, scheduler: Any, state: Denoisin
         plain = found.body["scheduler"]
         put_scheduler_state(scheduler, plain, {n.removeprefix("scheduler/"): x for n, x in tensors.items()}, device)
         memories = {}
-        for branch in state.branches:
+        for branch in ["cond"] if session.shared else state.branches:
             for name in stored.names(f"{branch}/"):
                 if name.endswith("/density"):
                     layer = int(name.split("/")[1])

@@ -110,7 +110,8 @@ class AttentionConfig:
     drift: float = 0.08
     """"drift": the share of labels that may change from one refresh to the next; below half of it intervals grow."""
     share_branches: Literal["no", "yes"] = "no"
-    """"yes": refreshes of the unconditional branch start from the conditional one's centroids of an earlier step."""
+    """"yes": both branches go by the conditional one's labels and map, so that their errors are alike and guidance
+    does not magnify the difference."""
     clusters: tuple[ClusterCounts, ...] = (ClusterCounts(tokens=75_600, query=300, key=1000),)
     """The row nearest in tokens holds; below the smallest, its counts shrink with the square root of the tokens."""
     query_clusters: int | None = None
@@ -276,17 +277,6 @@ def _check_reuse(attention: AttentionConfig) -> None:
         every = f"{attention.refresh_every} (attention.refresh_every) or more"
         _require(most_steps >= attention.refresh_every, "attention.refresh_most", most_steps, every)
     _require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
-    shares, accepted = attention.share_branches, "no where attention.refresh is drift: it would count every label"
-    _require(shares == "no" or attention.refresh != "drift", "attention.share_branches", shares, accepted)
-
-
-def check_mesh(attention: AttentionConfig, cfg: int) -> None:
-    """Raises ValueError if the branches share centroids where the mesh has them on `cfg` > 1 groups of ranks.
-
-    There each rank clusters for one branch alone, so there is nothing to save, and centroids would have to travel.
-    """
-    shares = attention.share_branches
-    _require(shares == "no" or cfg == 1, "attention.share_branches", shares, "no where the mesh has cfg=2, or cfg=1")
 
 
 def check_tokens(attention: AttentionConfig, tokens: int) -> None:

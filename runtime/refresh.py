@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Clusters, Plan
-from semvid.parallel.budget import Rule, density, find_map
-from semvid.parallel.exchange import Exchange, layout, plan_exchange
+from semvid.parallel.budget import Rule, columns, density, find_map
+from semvid.parallel.collectives import broadcast_all
+from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
 from semvid.parallel.kmeans import Refined, over, refine_with
-from semvid.parallel.maps import GlobalMap, gather_map, mean_over, sides_of
+from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, sides_of
 from semvid.parallel.phases import phase
 from semvid.parallel.seeding import random_tokens, spread_tokens
 from semvid.parallel.shard import Shard
@@ -33,7 +34,8 @@ def refresh(
 ) -> tuple[Memory, Means | None]:
     """Returns new clusters of q and k, in order, with what follows from them, and the means if there is a tail.
 
-    Every rank that shares the sequence must enter.
+    Every rank that shares the sequence must enter; where branches share clusters on several ranks, those of all
+    branches: the conditional one makes them and sends them.
 
     Args:
         q: local queries, [H, n, D], in token order; k and v likewise.
@@ -43,19 +45,25 @@ def refresh(
         layer: index of the transformer block.
         todo: from `decide`.
     """
-    before = session.cache.get(layer, session.here().branch)
+    before = session.cache.get(layer, session.owner())
+    interval = 0 if before is None else next_interval(session.config, before.refreshed())
+    if session.shared and session.ranks.place.cfg > 0:
+        return _received(q, session, before)._replace(step=session.here().step, interval=interval), None
     found, weights, means = _cluster(q, k, v, session, _starts(q, k, session, layer, todo), todo, before)
     queries, keys = found.clusters
     rule, bias = _rule(session.config), None
     if weights is not None and session.config.selection == "error":
         bias = weights.bias
-    memory = _place(q, k, v, session, queries, keys, rule, bias)
-    return memory._replace(
+    memory = _place(q, k, v, session, queries, keys, rule, bias)._replace(
         log_n=None if weights is None else weights.log_n,
         step=session.here().step,
-        interval=0 if before is None else next_interval(session.config, before.refreshed()),
-        drift=_drift(found, session, q),
-    ), means
+        interval=interval,
+        drift=None if found.changed is None else Changed(found.changed, _num_labels(q, session)),
+    )
+    if session.shared and session.ranks.cfg is not None:
+        # The ranks of the other branch wait for it in `_received`.
+        broadcast_all(_shared_parts(memory), session.ranks.cfg)
+    return memory, means
 
 
 def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
@@ -143,16 +151,13 @@ def _plan_across(
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
     """Returns the centroids that k-means starts from: tokens, or those of an earlier refresh."""
-    here, group, config = session.here(), session.ranks.sequence, session.config
+    group, config = session.ranks.sequence, session.config
     if not todo.seeded:
-        shared = None
-        if config.share_branches == "yes" and here.branch == "uncond":
-            shared = session.cache.centroids_before(layer, "cond", here.step)
-        memory = session.cache.get(layer, here.branch)
+        memory = session.cache.get(layer, session.owner())
         assert memory is not None, "the schedule warm-starts only what is there"
-        return shared or [memory.queries.centroids, memory.keys.centroids]
+        return [memory.queries.centroids, memory.keys.centroids]
     shard = session.shard or Shard(rank=0, ranks=1, total=q.shape[1])
-    key = (session.seed, layer, zlib.crc32(here.branch.encode()), here.step)
+    key = (session.seed, layer, zlib.crc32(session.owner().encode()), session.here().step)
     draw = spread_tokens if config.seeding == "spread" else random_tokens
     counts = cluster_counts(config, shard.total)
     with phase("seed"):
@@ -162,8 +167,42 @@ def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -
         ]
 
 
-def _drift(found: Refined, session: Session, q: Tensor) -> Changed | None:
-    if found.changed is None:
-        return None
+def _num_labels(q: Tensor, session: Session) -> int:
+    """Returns how many labels queries and keys of all heads have, over all ranks."""
     tokens = q.shape[1] if session.shard is None else session.shard.total
-    return Changed(found.changed, 2 * q.shape[0] * tokens)
+    return 2 * q.shape[0] * tokens
+
+
+def _shared_parts(memory: Memory) -> list[Tensor]:
+    """Returns what the ranks of the other branch make the same memory of."""
+    sides = [part for side in (memory.queries, memory.keys) for part in side[:3]]
+    extra = [] if memory.log_n is None else [memory.log_n]
+    drift = [memory.drift.count] if isinstance(memory.drift, Changed) else []
+    return [*sides, memory.density, memory.map_bits(), *extra, *drift]
+
+
+def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
+    """Returns the memory that the conditional branch's rank with the same shard has just made.
+
+    Every rank of both branches must enter, that one with its `_shared_parts`.
+    """
+    ops, ranks, (H, n, D) = session.ops, session.ranks, q.shape
+    tokens = n if session.shard is None else session.shard.total
+    tail, counted = has_tail(session.config), session.config.refresh == "drift" and before is not None
+    Cq, Ck = cluster_counts(session.config, tokens)
+    shapes = [((H, n), torch.int32), ((H, Cq, D), torch.float32), ((H, Cq), torch.int32)]
+    shapes += [((H, n), torch.int32), ((H, Ck, D), torch.float32), ((H, Ck), torch.int32)]
+    shapes += [((H,), torch.float32), ((H, Cq, -(-Ck // 8)), torch.uint8)]
+    shapes += [((H, Ck), torch.float32)] * tail + [((1,), torch.int32)] * counted
+    room = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in shapes]
+    parts = broadcast_all(room, ranks.cfg)
+    queries = Clusters(parts[0], parts[1], parts[2], ops.group(parts[0], Cq))
+    keys = Clusters(parts[3], parts[4], parts[5], ops.group(parts[3], Ck))
+    memory = Memory(queries, keys, parts[6], [], bits=parts[7], log_n=parts[8] if tail else None)
+    if counted:
+        memory = memory._replace(drift=Changed(parts[-1], _num_labels(q, session)))
+    if session.shard is None:
+        return memory
+    block_map = BlockMap(ops.unpack_map(parts[7], torch.arange(H, device=q.device), Ck))
+    computed = columns(block_map, keys.sizes, tail=tail)
+    return memory._replace(counts=Counts(*gather_counts(queries, keys, ranks.sequence), computed))

@@ -13,7 +13,7 @@ from semvid.parallel.ranks import Ranks
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import Windows
 from semvid.runtime.cache import Cache, Memory
-from semvid.runtime.config import AttentionConfig, check_mesh
+from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import Density, DensityMeter
 
 
@@ -52,14 +52,6 @@ class Session:
     """Called after each sparse call with layer, q, k, v, out and the memory that it went by."""
     first_head: int = 0
     """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
-
-    def __post_init__(self) -> None:
-        """Refuses what the mesh can't do.
-
-        Raises:
-            ValueError: branches share centroids, but run on several ranks.
-        """
-        check_mesh(self.config, self.ranks.mesh.cfg)
 
     def enter(self, position: Position) -> None:
         """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.
@@ -102,6 +94,15 @@ class Session:
         # What the job has counted is counted once, whoever runs which branch from here on.
         if self.ranks.place.cfg == 0:
             self.meter.resume(density)
+
+    @property
+    def shared(self) -> bool:
+        """Whether both branches go by the labels and maps of the conditional one."""
+        return self.config.share_branches == "yes"
+
+    def owner(self) -> str:
+        """Returns the branch whose memories the current forward pass goes by."""
+        return "cond" if self.shared else self.here().branch
 
     def here(self) -> Position:
         """Returns the current position.

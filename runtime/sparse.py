@@ -20,7 +20,7 @@ from semvid.runtime.session import Session
 def decision(session: Session, layer: int) -> Decision:
     """Returns what `layer` does in the current forward pass."""
     here = session.here()
-    memory = session.cache.get(layer, here.branch)
+    memory = session.cache.get(layer, session.owner())
     last = None if memory is None else memory.refreshed()
     return decide(session.config, step=here.step, steps=here.steps, layer=layer, last=last)
 
@@ -41,11 +41,11 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         todo: a Refresh or a Reuse from `decision`.
     """
     assert not isinstance(todo, Dense), "dense calls are the model's own"
-    branch = session.here().branch
+    branch = session.owner()
     memory, means = session.cache.get(layer, branch), None
     if isinstance(todo, Refresh):
         memory, means = (session.renew or refresh)(q, k, v, session, layer, todo)
-        session.cache.put(layer, branch, memory, shared=session.config.share_branches == "yes")
+        session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
     if not memory.plans:
         memory = plan_again(q, k, v, session, memory)

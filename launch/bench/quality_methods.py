@@ -16,6 +16,7 @@ OURS: Mapping[str, Any] = {
     "first_iterations": 2,
     "iterations": 1,
     "refresh_every": 10,
+    "share_branches": "yes",
 }
 # Each part of ours as it is in svg2.
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
@@ -24,6 +25,7 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "error-selection": {"selection": "mass"},
     "seeding": {"seeding": "random", "first_iterations": 50},
     "reuse": {"refresh_every": 1, "iterations": 2},
+    "sharing": {"share_branches": "no"},
 }
 FRONT = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 SVG2_FRONT = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -56,7 +58,7 @@ def methods(tokens: int) -> list[Method]:
         *(_ours(f"ours-every-{n}", "interval", {"refresh_every": n}) for n in INTERVALS),
         _ours("ours-growing", "schedule", {"refresh": "growing", "refresh_every": 5}),
         _ours("ours-drift", "schedule", {"refresh": "drift", "refresh_every": 5}),
-        _ours("ours-branches-share", "schedule", {"share_branches": "yes"}),
+        Method(name="svg2-branches-share", family="schedule", attention={"share_branches": "yes"}),
         *(_blocks(block, p) for block in (64, 128) for p in (0.5, 0.7, 0.9)),
         *(Method(name=_at("oracle", p), family="oracle", attention=_oracle(p), rival="oracle") for p in (0.8, 0.9)),
         *(Method(name=f"preset-{name}", family="presets", attention=_preset(name)) for name in _own_presets()),

@@ -19,7 +19,7 @@ from semvid.runtime.metrics import Density
 # 175 tokens on two heads: neither divides by two, three or four ranks alike.
 SIZE = {"height": 80, "width": 112, "frames": 17, "steps": 4}
 TAIL = {"tail": "second", "selection": "error", "floor": 0.0}
-DRIFT = {"seeding": "spread", "refresh": "drift", "refresh_every": 1, "drift": 0.3}
+SHARED = {"seeding": "spread", "refresh": "drift", "refresh_every": 1, "drift": 0.3, "share_branches": "yes"}
 SETTINGS = {"dense_steps": 0.25, "query_clusters": 6, "key_clusters": 9, "first_iterations": 5, "refresh_every": 2}
 
 
@@ -107,7 +107,7 @@ def _configs(tiny_config: Callable[..., Config]) -> dict[str, Config]:
         "replayed": tiny_config(attention=SETTINGS | {"p": 0.7, "floor": 0.1}, **SIZE),
         "free": tiny_config(attention=SETTINGS | {"p": 0.7, "floor": 0.1}, **SIZE),
         "tail replayed": tiny_config(attention=SETTINGS | TAIL | {"p": 0.5}, **SIZE),
-        "tail free": tiny_config(attention=SETTINGS | TAIL | DRIFT | {"density": 0.5}, **SIZE),
+        "tail free": tiny_config(attention=SETTINGS | TAIL | SHARED | {"density": 0.5}, **SIZE),
     }
 
 
