@@ -1,4 +1,4 @@
-"""The command line: `semvid run | resume | compare | bench | doctor`. What is wrong is said first, in one line."""
+"""The command line: `semvid run | resume | compare | schedule | bench | doctor`. What is wrong is said in one line."""
 
 import argparse
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semvid.launch import env
+from semvid.launch import env, schedule
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
 from semvid.launch.bench import quality_command
@@ -104,6 +104,7 @@ def _parser() -> Parser:
     )
     compare.set_defaults(run=_compare, parser=compare)
     _add_bench(commands)
+    schedule.add_schedule(commands.add_parser)
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine can run and what is missing",
