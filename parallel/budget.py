@@ -59,8 +59,9 @@ def density(block_map: BlockMap, sides: Sides, ops: Ops, *, tail: bool) -> Tenso
 def find_map(sides: Sides, rule: Rule, ops: Ops, mean: Callable[[Tensor], Tensor]) -> BlockMap:
     """Returns the map of some heads of a layer.
 
-    With a density, p is found by halving, the same for all heads of the layer but those raised to their floor. Nothing
-    is kept from one refresh to the next. Where several ranks make the maps of a layer every one of them must enter.
+    With a density, p is found by halving, the same for all heads of the layer but those raised to their floor, and at
+    most 1 - 6·10⁻⁶: more would be spent on nothing. Nothing is kept from one refresh to the next. Where several ranks
+    make the maps of a layer every one of them must enter.
 
     Args:
         sides: of these heads.

@@ -66,6 +66,8 @@ def spread_tokens(
     win). u comes from a hash, as in `random_tokens`, whose arguments these are. The sample is `SAMPLE`·C random tokens,
     gathered by one all-reduce; every rank then chooses for itself, from the same bits.
     """
+    if not 1 <= C <= tokens:
+        raise ValueError(f"C is {C}; accepted: 1 .. {tokens}, the tokens")
     sample = random_tokens(x, min(tokens, SAMPLE * C), key, tokens, first, group, first_head)
     return choose_spread(sample, C, _hashes(first_head, x.shape[0], (*key, 1), sample.shape[1], x.device))
 

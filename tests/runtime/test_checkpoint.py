@@ -30,7 +30,16 @@ CPU = torch.device("cpu")
 REUSED = {"refresh_every": 3, "p": 0.6, "query_clusters": 6, "key_clusters": 9, "first_iterations": 5}
 # Refreshed once: nothing is clustered again after the checkpoint, so every mesh computes the same.
 ONCE = {**REUSED, "refresh_every": 10}
-SETTINGS = {"dense": ("dense", {}), "refreshed": ("svg2", {}), "reused": ("svg2", REUSED)}
+# Refreshed at step 1, 2 and 4: the checkpoint after step 3 holds a drift that decides on step 4.
+TAIL = {**REUSED, "tail": "second", "selection": "error", "floor": 0.0, "seeding": "spread", "share_branches": "yes"}
+DRIFT = {**TAIL, "refresh": "drift", "refresh_every": 1, "drift": 0.5, "density": 0.6, "share_branches": "no"}
+SETTINGS = {
+    "dense": ("dense", {}),
+    "refreshed": ("svg2", {}),
+    "reused": ("svg2", REUSED),
+    "tail": ("svg2", TAIL),
+    "drift": ("svg2", DRIFT),
+}
 Make = Callable[..., Config]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
