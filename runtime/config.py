@@ -200,7 +200,7 @@ def resolve(
     Args:
         file: the content of a configuration file; may name its preset.
         options: given on the command line, as {"video": {"frames": 33}, …}.
-        checkpoint: the content of the checkpoint's `semvid.toml`, its own defaults.
+        checkpoint: the content of the checkpoint's `semvid.toml`, its own defaults; may name a preset.
         preset: given on the command line; it replaces the file's preset and its [attention].
         preset_option: what an error calls it.
 
@@ -213,7 +213,7 @@ def resolve(
         _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")
     if preset is not None:
         file.pop("attention", None)
-    name = preset or file.get("preset", Config().preset)
+    name = preset or file.get("preset", (checkpoint or {}).get("preset", Config().preset))
     if not isinstance(name, str):
         raise ValueError(f"preset is {name!r}; accepted: {', '.join(presets())}, or a .toml file")
     layers = [checkpoint or {}, {"attention": read_preset(name, preset_option)}, file, options, {"preset": name}]

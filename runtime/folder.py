@@ -41,18 +41,18 @@ def locate(path: str) -> Path:
 
 
 def defaults(folder: Path) -> dict[str, Any]:
-    """Returns the checkpoint's own defaults: [video] of its `semvid.toml`, {} if it has none.
+    """Returns the checkpoint's own defaults: preset and [video] of its `semvid.toml`, {} if it has none.
 
     Raises:
-        ValueError: the file is unreadable or holds something other than [video].
+        ValueError: the file is unreadable or holds something other than these.
     """
     path = folder / DEFAULTS_FILE
     if not path.is_file():
         return {}
     layer = read_toml(path, "--model's semvid.toml")
-    stray = sorted(set(layer) - {"video"})
+    stray = sorted(set(layer) - {"video", "preset"})
     if stray:
-        raise ValueError(f"{path} holds {stray[0]!r}; a checkpoint's defaults are [video] alone")
+        raise ValueError(f"{path} holds {stray[0]!r}; a checkpoint's defaults are preset and [video] alone")
     return layer
 
 

@@ -167,7 +167,8 @@ class _Bench:
             made, _ = self._made(video, dense)
             frames = denoise.decode(self.pipeline, made.latents)
             save_file({"latents": made.latents.cpu(), "frames": torch.from_numpy(frames)}, path)
-            self._keep(method="dense", family="dense", attention={}, prompt=number, **_of_run(made))
+            if not any(run["method"] == "dense" and run["prompt"] == number for run in self.report["runs"]):
+                self._keep(method="dense", family="dense", attention={}, prompt=number, **_of_run(made))
         stored = load_file(path)
         return stored["latents"].to(self.pipeline.device), stored["frames"].numpy()
 

@@ -27,9 +27,11 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "reuse": {"refresh_every": 1, "iterations": 2},
     "sharing": {"share_branches": "no"},
 }
-FRONT = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
-SVG2_FRONT = (0.5, 0.7, 0.8, 0.9, 0.95)
-INTERVALS = (1, 5, 20, 40)
+FRONT = (0.05, 0.2, 0.35, 0.5, 0.8, 0.9)
+SVG2_FRONT = (0.7, 0.9, 0.95)
+INTERVALS = (1, 5, 40)
+# Blocks of so many tokens, and p.
+BLOCKS = ((64, 0.7), (64, 0.9), (128, 0.9))
 FAMILIES = ("noise", "svg2", "ours", "without", "clusters", "interval", "schedule", "blocks", "oracle", "presets")
 
 
@@ -53,14 +55,14 @@ def methods(tokens: int) -> list[Method]:
         Method(name="dense-other-backend", family="noise", attention={"method": "dense"}),
         *(Method(name=_at("svg2", p), family="svg2", attention={"p": p}) for p in SVG2_FRONT),
         *(Method(name=_at("ours", p), family="ours", attention={**OURS, "p": p}) for p in FRONT),
-        *(_without(part, change, p) for part, change in WITHOUT.items() for p in (0.5, 0.9)),
+        *(_without(part, change, OURS["p"]) for part, change in WITHOUT.items()),
         *_cluster_counts(tokens),
         *(_ours(f"ours-every-{n}", "interval", {"refresh_every": n}) for n in INTERVALS),
-        _ours("ours-growing", "schedule", {"refresh": "growing", "refresh_every": 5}),
+        _ours("ours-growing", "schedule", {"refresh": "growing", "refresh_every": 2, "refresh_most": 10}),
         _ours("ours-drift", "schedule", {"refresh": "drift", "refresh_every": 5}),
         Method(name="svg2-branches-share", family="schedule", attention={"share_branches": "yes"}),
-        *(_blocks(block, p) for block in (64, 128) for p in (0.5, 0.7, 0.9)),
-        *(Method(name=_at("oracle", p), family="oracle", attention=_oracle(p), rival="oracle") for p in (0.8, 0.9)),
+        *(_blocks(block, p) for block, p in BLOCKS),
+        Method(name="oracle-p0.9", family="oracle", attention=_oracle(0.9), rival="oracle"),
         *(Method(name=f"preset-{name}", family="presets", attention=_preset(name)) for name in _own_presets()),
     ]
 

@@ -104,7 +104,7 @@ def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
         ({"video": {"seed": -1}}, r"seed is -1; accepted: 0 .. 2\^63 - 1"),
         ({"video": {"steps": 0}}, r"steps is 0; accepted: 1 or more"),
         ({"video": {"guidance": float("inf")}}, r"guidance is inf"),
-        ({"preset": "svg3"}, r"--preset is 'svg3'; accepted: dense, svg2.*did you mean 'svg2'\?"),
+        ({"preset": "svg3"}, r"--preset is 'svg3'; accepted: balanced, dense.*did you mean 'svg2'\?"),
         ({"preset": 3}, r"preset is 3; accepted"),
     ],
 )
@@ -144,3 +144,20 @@ def test_a_preset_may_say_where_it_was_measured(tmp_path: Path) -> None:
     path.write_text("measured = 'here'\n[attention]\np = 0.5\n")
     assert resolve(None, PROMPT, preset=str(path)).attention.p == 0.5
     assert (measured(str(path)), measured("dense"), measured(str(tmp_path / "gone.toml"))) == ("here", None, None)
+
+
+def test_a_checkpoint_may_name_its_preset() -> None:
+    checkpoint = {"preset": "balanced", "video": {"steps": 7}}
+    assert resolve(None, PROMPT, checkpoint=checkpoint).preset == "balanced"
+    assert resolve({"preset": "dense"}, PROMPT, checkpoint=checkpoint).preset == "dense"
+    assert resolve(None, PROMPT, checkpoint=checkpoint, preset="svg2").attention.tail == "none"
+    with pytest.raises(ValueError, match="preset is 3; accepted: balanced, dense, quality, svg2, turbo"):
+        resolve(None, PROMPT, checkpoint={"preset": 3})
+
+
+@pytest.mark.parametrize("name", ["quality", "balanced", "turbo"])
+def test_our_presets_say_where_they_were_measured(name: str) -> None:
+    found = resolve(None, PROMPT, preset=name).attention
+    assert (found.tail, found.selection, found.share_branches) == ("second", "error", "yes")
+    assert found.clusters == resolve(None, PROMPT, preset="svg2").attention.clusters
+    assert "the demo model" in (measured(name) or "")
