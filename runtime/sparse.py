@@ -13,7 +13,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import Memory
 from semvid.runtime.refresh import Means, plan_again, refresh
-from semvid.runtime.schedule import Decision, Dense, Refresh, decide
+from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
 
@@ -21,6 +21,9 @@ def decision(session: Session, layer: int) -> Decision:
     """Returns what `layer` does in the current forward pass."""
     here = session.here()
     memory = session.cache.get(layer, session.owner())
+    if memory is not None and memory.step == here.step:
+        # Of the other branch, in this very step: its drift is not to be waited for.
+        return Reuse()
     last = None if memory is None else memory.refreshed()
     return decide(session.config, step=here.step, steps=here.steps, layer=layer, last=last)
 

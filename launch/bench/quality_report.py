@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CLUSTERING = ("seed", "cluster", "all-reduce")
@@ -111,8 +111,12 @@ def _line(row: Row) -> str:
 def _gap(report: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Returns the mean over probed calls of how many times the oracle's density each rule needs."""
     gaps = [call["gap"] for found in report["runs"] for call in found.get("calls", []) if "gap" in call]
-    mean: Callable[[str, str], float | None] = lambda rule, recall: _mean_of_some([g[rule][recall] for g in gaps])  # noqa: E731
-    return {rule: {recall: mean(rule, recall) for recall in gaps[0][rule]} for rule in gaps[0]} if gaps else {}
+    if not gaps:
+        return {}
+    return {
+        rule: {recall: _mean_of_some([gap[rule][recall] for gap in gaps]) for recall in of_rule}
+        for rule, of_rule in gaps[0].items()
+    }
 
 
 def _mean_of_some(values: Sequence[float | None]) -> float | None:

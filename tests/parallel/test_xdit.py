@@ -262,7 +262,7 @@ def test_degrees_that_cant_be_honoured_are_refused(fake: Fake, degrees: dict[str
 def test_branches_on_different_ranks_share_no_clusters(fake: Fake, pipeline: Any) -> None:
     fake.set_up(cfg=2)
     as_xdit(pipeline, fake)
-    with pytest.raises(ValueError, match="attention.share_branches is 'yes'; accepted: no where xfuser runs the branch"):
+    with pytest.raises(ValueError, match="attention.share_branches is 'yes'; accepted: no where xfuser"):
         registered(pipeline, preset="balanced")
 
 
