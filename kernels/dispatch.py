@@ -40,7 +40,7 @@ class Ops(NamedTuple):
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     scatter_rows: Callable[..., Tensor]
     copy_rows: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    top_p_map: Callable[[Tensor, Tensor, Tensor, float, float], BlockMap]
+    top_p_map: Callable[..., BlockMap]
     density: Callable[[BlockMap, Tensor, Tensor], Tensor]
     plan: Callable[[Tensor, Tensor, BlockMap], Plan]
     attention: Callable[..., tuple[Tensor, Tensor]]

@@ -1,4 +1,4 @@
-"""The command line: `semvid run | resume | compare | bench | doctor`. What is wrong is said first, in one line."""
+"""The command line: `semvid run | resume | compare | schedule | bench | doctor`. What is wrong is said in one line."""
 
 import argparse
 import difflib
@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semvid.launch import env
+from semvid.launch import env, schedule
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
+from semvid.launch.bench import quality_command
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
@@ -103,6 +104,7 @@ def _parser() -> Parser:
     )
     compare.set_defaults(run=_compare, parser=compare)
     _add_bench(commands)
+    schedule.add_schedule(commands.add_parser)
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine can run and what is missing",
@@ -122,6 +124,7 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     what = bench.add_subparsers(metavar="WHAT", parser_class=Parser)
     bench_commands.add_layer(what.add_parser)
     bench_commands.add_attention(what.add_parser)
+    quality_command.add_quality(what.add_parser)
     _add_bench_plan(what)
     kernels = what.add_parser(
         "kernels",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, cluster_counts, read_toml
+from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, check_tokens, read_toml
 
 FAMILIES = ("Wan 2.1 text-to-video (WanPipeline)",)
 DEFAULTS_FILE = "semvid.toml"
@@ -41,18 +41,18 @@ def locate(path: str) -> Path:
 
 
 def defaults(folder: Path) -> dict[str, Any]:
-    """Returns the checkpoint's own defaults: [video] of its `semvid.toml`, {} if it has none.
+    """Returns the checkpoint's own defaults: preset and [video] of its `semvid.toml`, {} if it has none.
 
     Raises:
-        ValueError: the file is unreadable or holds something other than [video].
+        ValueError: the file is unreadable or holds something other than these.
     """
     path = folder / DEFAULTS_FILE
     if not path.is_file():
         return {}
     layer = read_toml(path, "--model's semvid.toml")
-    stray = sorted(set(layer) - {"video"})
+    stray = sorted(set(layer) - {"video", "preset"})
     if stray:
-        raise ValueError(f"{path} holds {stray[0]!r}; a checkpoint's defaults are [video] alone")
+        raise ValueError(f"{path} holds {stray[0]!r}; a checkpoint's defaults are preset and [video] alone")
     return layer
 
 
@@ -88,7 +88,7 @@ def check(config: Config, geometry: Geometry) -> None:
     """Raises ValueError if the video or the clusters of a configuration do not fit the model."""
     check_size(config.video, geometry)
     if config.attention.method == "clusters":
-        cluster_counts(config.attention, geometry.tokens(config.video))
+        check_tokens(config.attention, geometry.tokens(config.video))
 
 
 def check_size(video: VideoConfig, geometry: Geometry) -> None:

@@ -1,7 +1,8 @@
 """The state of one job on one pipeline: where the denoising loop is, what it remembers, what it has counted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -45,6 +46,10 @@ class Session:
     """Memory that the ranks of the sequence share, where they can; rows travel by collectives otherwise."""
     shard: Shard | None = None
     """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
+    renew: Callable[..., Any] | None = None
+    """Stands in for `semvid.runtime.refresh.refresh`, for other ways to divide the tokens beside ours."""
+    probe: Callable[..., None] | None = None
+    """Called after each sparse call with layer, q, k, v, out and the memory that it went by."""
     first_head: int = 0
     """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
 
@@ -89,6 +94,15 @@ class Session:
         # What the job has counted is counted once, whoever runs which branch from here on.
         if self.ranks.place.cfg == 0:
             self.meter.resume(density)
+
+    @property
+    def shared(self) -> bool:
+        """Whether both branches go by the labels and maps of the conditional one."""
+        return self.config.share_branches == "yes"
+
+    def owner(self) -> str:
+        """Returns the branch whose memories the current forward pass goes by."""
+        return "cond" if self.shared else self.here().branch
 
     def here(self) -> Position:
         """Returns the current position.
