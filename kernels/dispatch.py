@@ -1,7 +1,7 @@
 """Which backend of the ops runs here.
 
 "reference" runs anywhere, "triton" on a GPU (or, for tests, in its interpreter), "hopper" on a Hopper GPU; what hopper
-has no kernel for, triton does.
+has no kernel for, or none that the installed Triton can compile, triton does.
 """
 
 import importlib
@@ -19,12 +19,14 @@ _TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary",
 MODULES = {
     "reference": ("reference",),
     "triton": _TRITON,
-    "hopper": ("hopper", *_TRITON),
+    "hopper": ("hopper_assign", "hopper_attention", *_TRITON),
 }
 BACKENDS = ("auto", *MODULES)
 OLDEST_GPU = (8, 0)
-# The first release of Triton whose Gluon has what `hopper` uses.
+# The first release of Triton whose Gluon has what the Hopper kernels use.
 OLDEST_GLUON = (3, 6)
+# The first whose Gluon lacks something that a module needs: a view that begins at any row of shared memory.
+GLUON_WITHOUT = {"hopper_attention": (3, 8)}
 
 
 class Ops(NamedTuple):
@@ -38,7 +40,7 @@ class Ops(NamedTuple):
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     scatter_rows: Callable[..., Tensor]
     copy_rows: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    top_p_map: Callable[[Tensor, Tensor, Tensor, float, float], BlockMap]
+    top_p_map: Callable[..., BlockMap]
     density: Callable[[BlockMap, Tensor, Tensor], Tensor]
     plan: Callable[[Tensor, Tensor, BlockMap], Plan]
     attention: Callable[..., tuple[Tensor, Tensor]]
@@ -84,8 +86,35 @@ def select(backend: str, device: torch.device) -> Ops:
     reason = missing(backend, device)
     if reason is not None:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {reason}")
-    modules = [importlib.import_module(f"semvid.kernels.{name}") for name in MODULES[backend]]
+    modules = [importlib.import_module(f"semvid.kernels.{name}") for name in _modules(backend)]
     return Ops(backend, **{op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in Ops._fields[1:]})
+
+
+def lacks(backend: str) -> str | None:
+    """Returns what a backend that runs here leaves to another one, and why; None if nothing."""
+    left = [name for name in MODULES[backend] if name not in _modules(backend)]
+    if not left:
+        return None
+    import triton
+
+    ops = ", ".join(name.removeprefix("hopper_") for name in left)
+    newest = ".".join(map(str, min(GLUON_WITHOUT[name] for name in left)))
+    found = f"found {triton.__version__} (pip install 'triton<{newest}')"
+    return f"{ops} by triton: its own needs a triton older than {newest}, {found}"
+
+
+def _modules(backend: str) -> list[str]:
+    """Returns the modules of a backend that the installed Triton has what they need for."""
+    if backend == "reference":
+        return list(MODULES[backend])
+    installed = _triton_version()
+    return [name for name in MODULES[backend] if installed < GLUON_WITHOUT.get(name, (1 << 30, 0))]
+
+
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def _missing_hopper(device: torch.device) -> str | None:
@@ -96,11 +125,12 @@ def _missing_hopper(device: torch.device) -> str | None:
         return f"it needs a Hopper GPU (compute capability 9.0), this GPU has {major}.{minor}"
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_GLUON:
+    if _triton_version() < OLDEST_GLUON:
         return f"it needs triton 3.6 or newer, found {triton.__version__} (pip install 'triton>=3.6')"
     try:
         # Gluon is experimental: a release may lack it or rename what the kernels use.
-        importlib.import_module("semvid.kernels.hopper")
+        for name in _modules("hopper"):
+            importlib.import_module(f"semvid.kernels.{name}")
     except ImportError as error:
         return f"triton {triton.__version__} lacks the Gluon that it needs: {error}"
     return None

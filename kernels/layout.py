@@ -79,6 +79,13 @@ def check_index(name: str, index: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be int32 {list(shape)}, not {index.dtype} {list(index.shape)}")
 
 
+def check_budget(p: Tensor, bias: Tensor | None, H: int, Ck: int) -> None:
+    """Raises ValueError unless `p` is fp32 [H] and `bias`, if there is one, fp32 [H, Ck]."""
+    for name, x, shape in (("p", p, (H,)), ("bias", bias, (H, Ck))):
+        if x is not None and (x.dtype != torch.float32 or tuple(x.shape) != shape):
+            raise ValueError(f"{name} must be fp32 {list(shape)}, not {x.dtype} {list(x.shape)}")
+
+
 def check_plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> tuple[int, int, int]:
     """Returns (H, Cq, Ck) of the inputs of `plan`.
 

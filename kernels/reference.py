@@ -14,6 +14,7 @@ from semvid.kernels.layout import (
     Plan,
     Tail,
     check_attention,
+    check_budget,
     check_index,
     check_plan,
     check_rotary,
@@ -136,7 +137,14 @@ def copy_rows(x: Tensor, source: Tensor, out: Tensor, target: Tensor) -> None:
     out.scatter_(1, target.long()[..., None].expand(-1, -1, x.shape[2]), gather_rows(x, source))
 
 
-def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: float, floor: float) -> BlockMap:
+def top_p_map(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    k_sizes: Tensor,
+    p: float | Tensor,
+    floor: float,
+    bias: Tensor | None = None,
+) -> BlockMap:
     """Returns the key clusters each query cluster computes: the fewest whose estimated attention mass reaches p.
 
     The mass of key cluster j for query cluster i is P_ij = n_j·exp(S_ij) / Σ_k n_k·exp(S_ik), S = Qc·Kcᵀ/√D
@@ -144,27 +152,37 @@ def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: floa
     the one that crosses p, and at least ⌈floor·Ck⌉ of them. With p = 1 every non-empty cluster is taken, by
     definition and not by a rounded sum.
 
+    With `bias` b the weight is E_ij = n_j·exp(S_ij + b_j), p is a share of Σ E, and clusters are taken in falling order
+    of E_ij / n_j: most of it for the fewest keys. If E is the error of leaving j to its stand-in, that is error over
+    cost.
+
     Args:
         q_centroids: fp32 [H, Cq, D].
         k_centroids: fp32 [H, Ck, D].
         k_sizes: int32 [H, Ck], tokens in each key cluster (over all ranks).
-        p: mass to reach, 0 < p <= 1.
+        p: mass to reach, 0 < p <= 1; of each head if it is a tensor, fp32 [H].
         floor: least share of key clusters kept, 0 <= floor <= 1.
+        bias: fp32 [H, Ck], finite.
     """
     H, Cq, D = check_rows("q_centroids", q_centroids)
     Ck = k_centroids.shape[1]
     check_index("k_sizes", k_sizes, (H, Ck))
     occupied = (k_sizes > 0)[:, None, :].expand(H, Cq, Ck)
-    if p >= 1.0:
-        return BlockMap(occupied.contiguous())
-    scores = q_centroids @ k_centroids.mT / math.sqrt(D) + k_sizes.float().log()[:, None, :]
+    if not isinstance(p, Tensor):
+        if p >= 1.0:
+            return BlockMap(occupied.contiguous())
+        p = torch.full((H,), p, device=k_sizes.device)
+    check_budget(p, bias, H, Ck)
+    log_n = k_sizes.float().log()[:, None, :]
+    scores = q_centroids @ k_centroids.mT / math.sqrt(D)
+    scores = scores + log_n if bias is None else torch.where(occupied, scores + bias[:, None, :], -math.inf)
     # Ranked by score and not by mass: clusters whose mass underflows to 0 still stand before empty ones.
     scores, ranked = scores.sort(dim=-1, descending=True, stable=True)
-    mass = torch.softmax(scores, dim=-1)
+    mass = torch.softmax(scores if bias is None else scores + log_n.expand(H, Cq, Ck).gather(-1, ranked), dim=-1)
     before = mass.cumsum(-1) - mass
     # Rounded first, so that 0.07 · 100, which is a little over 7 in fp64, keeps 7 clusters and not 8.
     least = math.ceil(round(floor * Ck, 6))
-    keep = (before < p) | (torch.arange(Ck, device=mass.device) < least)
+    keep = (before < p[:, None, None]) | (p >= 1)[:, None, None] | (torch.arange(Ck, device=mass.device) < least)
     selected = torch.zeros_like(keep).scatter_(-1, ranked, keep)
     return BlockMap(selected & occupied)
 

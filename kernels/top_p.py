@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semvid.kernels.kmeans import check_centroids
-from semvid.kernels.layout import BlockMap, check_index, check_rows
+from semvid.kernels.layout import BlockMap, check_budget, check_index, check_rows
 
 # Key clusters of one query cluster are held in registers, 32 a thread; more than this would spill.
 MAX_KEY_CLUSTERS = 8192
@@ -16,25 +16,38 @@ MAX_KEY_CLUSTERS = 8192
 EMPTY_KEY = 0x807FFFFF - 2**32
 
 
-def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: float, floor: float) -> BlockMap:
+def top_p_map(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    k_sizes: Tensor,
+    p: float | Tensor,
+    floor: float,
+    bias: Tensor | None = None,
+) -> BlockMap:
     """Returns the key clusters each query cluster computes: the fewest whose estimated attention mass reaches p.
 
     The rule is the reference's (Sparse VideoGen2, arXiv 2505.18875), without its sort: the score of the last cluster
-    taken is found by bisection over the bits of a float, then ties at that score are taken by index.
+    taken is found by bisection over the bits of a float, then ties at that score are taken by index. With `bias` the
+    weight is n_j·exp(S_ij + b_j) and clusters are taken in falling order of it per key.
 
     Args:
         q_centroids: fp32 [H, Cq, D]. D is a multiple of 16, at most 256.
         k_centroids: fp32 [H, Ck, D], Ck at most 8,192.
         k_sizes: int32 [H, Ck], tokens in each key cluster (over all ranks).
-        p: mass to reach, 0 < p <= 1; 1 takes every non-empty cluster by definition.
+        p: mass to reach, 0 < p <= 1; 1 takes every non-empty cluster by definition; of each head if it is a tensor,
+            fp32 [H].
         floor: least share of key clusters kept, 0 <= floor <= 1.
+        bias: fp32 [H, Ck], finite.
     """
     H, Cq, D = check_rows("q_centroids", q_centroids)
     check_centroids("q_centroids", q_centroids, H, D)
     Ck = check_centroids("k_centroids", k_centroids, H, D)
     check_index("k_sizes", k_sizes, (H, Ck))
-    if p >= 1.0:
-        return BlockMap((k_sizes > 0)[:, None, :].expand(H, Cq, Ck).contiguous())
+    if not isinstance(p, Tensor):
+        if p >= 1.0:
+            return BlockMap((k_sizes > 0)[:, None, :].expand(H, Cq, Ck).contiguous())
+        p = torch.full((H,), p, dtype=torch.float32, device=k_sizes.device)
+    check_budget(p, bias, H, Ck)
     if Ck > MAX_KEY_CLUSTERS:
         raise ValueError(f"k_centroids holds {Ck} clusters a head; accepted: at most {MAX_KEY_CLUSTERS}")
     selected = torch.empty(H, Cq, Ck, dtype=torch.bool, device=q_centroids.device)
@@ -43,6 +56,7 @@ def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: floa
         q_centroids.contiguous(),
         k_centroids.contiguous(),
         k_sizes.contiguous(),
+        None if bias is None else bias.contiguous(),
         scores,
         Cq,
         Ck,
@@ -59,7 +73,16 @@ def top_p_map(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, p: floa
     block_k = max(32, triton.next_power_of_2(Ck))
     # One warp for 1024 clusters: its sums need no barrier.
     _select[(H * Cq,)](
-        scores, selected, Ck, p, least, BLOCK_K=block_k, EMPTY=EMPTY_KEY, num_warps=max(1, block_k // 1024)
+        scores,
+        selected,
+        p.contiguous(),
+        None if bias is None else k_sizes.contiguous(),
+        Cq,
+        Ck,
+        least,
+        BLOCK_K=block_k,
+        EMPTY=EMPTY_KEY,
+        num_warps=max(1, block_k // 1024),
     )
     return BlockMap(selected)
 
@@ -96,6 +119,7 @@ def _cluster_scores(
     q_ptr,
     k_ptr,
     sizes_ptr,
+    bias_ptr,
     scores_ptr,
     Cq,
     Ck,
@@ -105,7 +129,7 @@ def _cluster_scores(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scores[h, i, j] = scale·q_i·k_j + log n_j; -inf for an empty cluster."""
+    """scores[h, i, j] = scale·q_i·k_j + log n_j, or + b_j if there is a bias; -inf for an empty cluster."""
     h = tl.program_id(2).to(tl.int64)
     i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -118,21 +142,31 @@ def _cluster_scores(
         # Three TF32 products make an fp32 one, at the matrix unit's rate.
         product = tl.dot(q, k, product, input_precision="tf32x3")
     n = tl.load(sizes_ptr + h * Ck + j, mask=j < Ck, other=0)
-    log_n = tl.where(n > 0, tl.log(tl.maximum(n, 1).to(tl.float32)), float("-inf"))
-    score = product * scale + log_n[None, :]
+    added = tl.log(tl.maximum(n, 1).to(tl.float32))
+    if bias_ptr is not None:
+        added = tl.load(bias_ptr + h * Ck + j, mask=j < Ck, other=0.0)
+    score = product * scale + tl.where(n > 0, added, float("-inf"))[None, :]
     tl.store(scores_ptr + (h * Cq + i[:, None]) * Ck + j[None, :], score, mask=(i < Cq)[:, None] & (j < Ck)[None, :])
 
 
 @triton.jit
-def _select(scores_ptr, selected_ptr, Ck, p, least, BLOCK_K: tl.constexpr, EMPTY: tl.constexpr):
-    """One row: cluster j is taken if the mass ranked before it is < p of all, or if fewer than `least` are."""
+def _select(
+    scores_ptr, selected_ptr, p_ptr, sizes_ptr, Cq, Ck, least, BLOCK_K: tl.constexpr, EMPTY: tl.constexpr
+):  # fmt: skip
+    """One row: cluster j is taken if the mass ranked before it is < p of all, or if fewer than `least` are.
+
+    With `sizes_ptr` the scores are those of one key, and a cluster weighs as many.
+    """
     row = tl.program_id(0).to(tl.int64)
+    p = tl.load(p_ptr + row // Cq)
     j = tl.arange(0, BLOCK_K)
     score = tl.load(scores_ptr + row * Ck + j, mask=j < Ck, other=float("-inf"))
     # Weights in 0 .. 1, not divided by their sum: the goal is multiplied by it instead. NaN if all are empty; then
     # the last mask clears the row.
     weight = tl.exp(score - tl.max(score, axis=0))
-    goal = p * tl.sum(weight, axis=0)
+    if sizes_ptr is not None:
+        weight *= tl.load(sizes_ptr + row // Cq * Ck + j, mask=j < Ck, other=0).to(tl.float32)
+    goal = tl.where(p < 1, p * tl.sum(weight, axis=0), float("inf"))
     # An integer ordered as the score; the score of an empty cluster, -inf, is EMPTY. `last` becomes the smallest key
     # with a mass above it < goal (or fewer than `least` clusters): that of the last cluster taken. Adding in one fixed
     # order is monotone even when rounded, so the bisection is exact for these sums.
@@ -151,7 +185,11 @@ def _select(scores_ptr, selected_ptr, Ck, p, least, BLOCK_K: tl.constexpr, EMPTY
     above = key > last
     tie = (key == last).to(tl.int32)
     ties_before = tl.cumsum(tie, axis=0) - tie
-    mass_before = tl.sum(tl.where(above, weight, 0.0), axis=0) + ties_before * weight
+    tied_mass = ties_before * weight
+    if sizes_ptr is not None:
+        # Of one score, but not of one size.
+        tied_mass = tl.cumsum(tie * weight, axis=0) - tie * weight
+    mass_before = tl.sum(tl.where(above, weight, 0.0), axis=0) + tied_mass
     rank = tl.sum(above.to(tl.int32), axis=0) + ties_before
     taken = above | ((tie == 1) & ((mass_before < goal) | (rank < least)))
     tl.store(selected_ptr + row * Ck + j, taken & (key > EMPTY), mask=j < Ck)

@@ -1,4 +1,4 @@
-"""The command line, `semvid run | resume | compare | estimate | bench | doctor`: what is wrong is said in one line."""
+"""The command line: `semvid run | resume | compare | estimate | schedule | bench | doctor`, errors in one line."""
 
 import argparse
 import difflib
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semvid.launch import env
+from semvid.launch import env, schedule
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
-from semvid.launch.bench import video_commands
+from semvid.launch.bench import quality_command, video_commands
 from semvid.launch.estimate import add_estimate
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
@@ -111,6 +111,7 @@ def _parser() -> Parser:
     compare.set_defaults(run=_compare, parser=compare)
     add_estimate(commands.add_parser)
     _add_bench(commands)
+    schedule.add_schedule(commands.add_parser)
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine can run and what is missing",
@@ -129,6 +130,8 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.set_defaults(run=None, parser=bench)
     what = bench.add_subparsers(metavar="WHAT", parser_class=Parser)
     bench_commands.add_layer(what.add_parser)
+    bench_commands.add_attention(what.add_parser)
+    quality_command.add_quality(what.add_parser)
     video_commands.add_e2e(what.add_parser)
     video_commands.add_throughput(what.add_parser)
     video_commands.add_checkpoint(what.add_parser)

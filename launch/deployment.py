@@ -9,7 +9,7 @@ from semvid.runtime import config as configs
 from semvid.runtime import folder, published
 from semvid.runtime.config import Config
 from semvid.runtime.published import Published
-from semvid.runtime.schedule import Dense, Refresh, Reuse, decide
+from semvid.runtime.schedule import Dense, Refresh, Reuse, plan
 
 KEYS = {"model": str, "gpus": int}
 ACCEPTED = {str: "a text", int: "a whole number"}
@@ -77,27 +77,26 @@ def made(name: str, model: Published, config: Config, gpus: int) -> Deployment:
     """Returns a deployment of its parts.
 
     Raises:
-        ValueError: a size that the model can't make, more clusters than tokens, or no GPU.
+        ValueError: a size that the model can't make, more clusters than tokens, a density below that of the stand-ins,
+            or no GPU.
     """
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; accepted: 1 or more")
     folder.check_size(config.video, model.geometry)
-    configs.cluster_counts(config.attention, model.geometry.tokens(config.video))
+    configs.check_tokens(config.attention, model.geometry.tokens(config.video))
     return Deployment(name=name, model=model, config=config, gpus=gpus)
 
 
 def step_kinds(deployment: Deployment) -> dict[str, int]:
     """Returns how many steps of the video are dense, the first refresh, later refreshes, and reuses.
 
-    With two transformers each has a first refresh.
+    With two transformers each has a first refresh; that the second's intervals begin anew then is not counted. Where
+    intervals follow drift they are taken to double each time.
     """
     attention, steps = deployment.config.attention, deployment.config.video.steps
-    counts, seen = {"dense": 0, "first": 0, "refresh": 0, "reuse": 0}, False
-    for step in range(steps):
-        todo = decide(attention, step=step, steps=steps, layer=attention.dense_layers, has_clusters=seen)
+    counts = {"dense": 0, "first": 0, "refresh": 0, "reuse": 0}
+    for todo in plan(attention, steps, attention.dense_layers + 1)[-1]:
         kind = {Dense: "dense", Refresh: "refresh", Reuse: "reuse"}[type(todo)]
-        if isinstance(todo, Refresh) and todo.seeded:
-            kind, seen = "first", True
-        counts[kind] += 1
+        counts["first" if isinstance(todo, Refresh) and todo.seeded else kind] += 1
     more = min(len(deployment.model.family.transformers) - 1, counts["refresh"]) if counts["first"] else 0
     return counts | {"first": counts["first"] + more, "refresh": counts["refresh"] - more}

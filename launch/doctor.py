@@ -11,13 +11,13 @@ def examine() -> dict[str, Any]:
     """Returns devices, versions, which kernels can run here, and what is missing with the command that brings it."""
     import torch
 
-    from semvid.kernels.dispatch import BACKENDS, missing, select
+    from semvid.kernels.dispatch import BACKENDS, lacks, missing, select
     from semvid.parallel import xdit
     from semvid.runtime.session import resolve_device
     from semvid.runtime.video import encoder
 
     device = resolve_device("auto")
-    kernels = {name: missing(name, device) or "yes" for name in BACKENDS if name != "auto"}
+    kernels = {name: missing(name, device) or _yes(lacks(name)) for name in BACKENDS if name != "auto"}
     return {
         "devices": _devices(),
         "cpu_cores": env.usable_cores(),
@@ -43,6 +43,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     text.append(f"video     {found['encoder']}")
     text.append(f"xfuser    {found['xfuser']}")
     return text + [f"missing   {what}: {command}" for what, command in found["missing"].items()]
+
+
+def _yes(but: str | None) -> str:
+    return "yes" if but is None else f"yes, {but}"
 
 
 def _devices() -> list[str]:

@@ -68,7 +68,8 @@ def run(
         raise ValueError("--share-weights with one GPU, which has nobody to share with; accepted: --gpus 2 or more")
     config = deployment.config
     need = _need(deployment, mesh, share=share_weights)
-    seconds = speed.predict(deployment.model, config.video, config.attention, mesh)
+    density = speed.DENSITY if config.attention.density is None else config.attention.density
+    seconds = speed.predict(deployment.model, config.video, config.attention, mesh, density=density)
     counts = step_kinds(deployment)
     passes = deployment.branches // mesh.cfg
     dense = passes * config.video.steps * seconds.dense
@@ -91,7 +92,7 @@ def run(
         "share_weights": share_weights,
         "steps": counts,
         "pass_seconds": asdict(seconds),
-        "density": speed.DENSITY,
+        "density": density,
         "denoise_seconds": seconds.of_video(counts, passes),
         "dense_denoise_seconds": dense,
     }

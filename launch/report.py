@@ -6,6 +6,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from semvid.runtime.config import measured
 from semvid.runtime.generate import Progress, Result
 from semvid.runtime.job import Job
 from semvid.runtime.metrics import Density
@@ -53,6 +54,7 @@ def summary(job: Job, result: Result) -> list[str]:
         f"step      {result.seconds_per_step:.3f} s (median of {len(result.step_seconds)}, slowest {slowest:.3f} s)",
         f"time      {rest}",
         f"density   {density_text(result.density)}",
+        f"preset    {job.config.preset}{_where_measured(job.config.preset)}",
         f"decoding  {'in tiles' if result.decoded_in_tiles else 'whole'}",
         f"kernels   {', '.join(f'{kind}: {name}' for kind, name in result.kernels.items())}",
     ]
@@ -64,6 +66,12 @@ def summary(job: Job, result: Result) -> list[str]:
         which = "the GPU" if result.mesh.world_size == 1 else "the first GPU"
         lines.append(f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB of {which} at most")
     return [*lines, f"frames    sha256 {result.frames_sha256}"]
+
+
+def _where_measured(preset: str) -> str:
+    """Returns what a preset's file says on where its values were measured, as the end of a line."""
+    found = measured(preset)
+    return "" if found is None else f"; measured on {found}"
 
 
 def density_text(density: Density) -> str:
@@ -81,6 +89,7 @@ def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str,
         "video": str(job.video),
         "job": str(job.folder),
         "preset": job.config.preset,
+        "preset_measured": measured(job.config.preset),
         "steps": len(result.step_seconds),
         "seconds_per_step": result.seconds_per_step,
         "step_seconds": [round(x, 4) for x in result.step_seconds],

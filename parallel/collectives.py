@@ -35,6 +35,22 @@ def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
 
 
+def broadcast_all(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Returns the first rank's tensors, by one broadcast of one buffer.
+
+    Args:
+        tensors: of the same shapes and dtypes on every rank; their content matters on the first alone.
+        group: the ranks, or None for this one alone.
+    """
+    if group is None:
+        return list(tensors)
+    buffer = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors])
+    dist.broadcast(buffer, group=group, src=dist.get_global_rank(group, 0))
+    parts = buffer.split([x.numel() * x.element_size() for x in tensors])
+    # A part may begin at any byte, a tensor of its dtype may not.
+    return [part.clone().view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """Returns every rank's x in the order of ranks, [ranks, *x.shape].
 

@@ -1,5 +1,6 @@
 """The block map of all heads: each rank makes its share of them; bits and counts are gathered."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Clusters
-from semvid.parallel.collectives import all_gather
+from semvid.parallel.budget import Rule, Sides, columns, find_map
+from semvid.parallel.collectives import Group, all_gather
 from semvid.parallel.exchange import Counts
 from semvid.parallel.phases import phase
 from semvid.parallel.ranks import Ranks
@@ -32,41 +34,58 @@ class GlobalMap(NamedTuple):
         return (pairs.double() / (queries.sum(1) * keys).clamp(min=1).double()).float()
 
 
-def gather_map(queries: Clusters, keys: Clusters, p: float, floor: float, ops: Ops, ranks: Ranks) -> GlobalMap:
+def gather_map(
+    queries: Clusters, keys: Clusters, rule: Rule, ops: Ops, ranks: Ranks, bias: Tensor | None = None
+) -> GlobalMap:
     """Returns the map of all heads. Every rank of the sequence must enter; two all-gathers, no host synchronisation.
 
     Rank i makes the maps of heads i · s .. (i + 1) · s, s = ⌈H / P⌉; every rank then reads the same bits, so that no
-    plan hangs on a float that two ranks computed for themselves.
+    plan hangs on a float that two ranks computed for themselves. A rule with a density adds ten small all-gathers.
 
     Args:
         queries: global centroids and sizes, local order.
         keys: likewise.
-        p: mass to reach, see `top_p_map`.
-        floor: least share of key clusters, likewise.
+        rule: which key clusters are selected.
         ops: the backend.
         ranks: the mesh and this rank's place on it.
+        bias: fp32 [H, Ck], see `top_p_map`.
     """
-    H, Cq, _ = queries.centroids.shape
-    Ck = keys.centroids.shape[1]
+    H, Ck, _ = keys.centroids.shape
     group = ranks.sequence
-    with phase("all-gather"):
-        local = torch.cat([side.permutation.offsets.diff(dim=1) for side in (queries, keys)], dim=1)
-        counts = all_gather(local.contiguous(), group)
+    of_queries, of_keys = gather_counts(queries, keys, group)
     with phase("map"):
-        own = own_heads(H, ranks, local.device)
-        sizes = keys.sizes[own]
-        selected = ops.top_p_map(queries.centroids[own], keys.centroids[own], sizes, p, floor).selected
-        computed = torch.where(selected, sizes[:, None], 0).sum(-1, dtype=torch.int32)
-        record = torch.cat([pack_bits(selected), computed[..., None].view(torch.uint8)], dim=-1)
+        own = own_heads(H, ranks, keys.sizes.device)
+        block_map = find_map(sides_of(queries, keys, bias, own), rule, ops, mean_over(H, group))
+        computed = columns(block_map, keys.sizes[own], tail=rule.tail)
+        record = torch.cat([pack_bits(block_map.selected), computed[..., None].view(torch.uint8)], dim=-1)
     with phase("all-gather"):
         record = all_gather(record, group).flatten(0, 1)[:H]
     bits, computed = record.split([record.shape[-1] - 4, 4], dim=-1)
-    of_queries, of_keys = counts.split([Cq, Ck], dim=2)
     return GlobalMap(
         bits,
         Ck,
         Counts(of_queries, of_keys, computed.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., 0]),
     )
+
+
+def gather_counts(queries: Clusters, keys: Clusters, group: Group) -> tuple[Tensor, Tensor]:
+    """Returns each shard's tokens in each query and key cluster, int32 [P, H, C]; every rank of `group` must enter."""
+    sides = [side.permutation.offsets.diff(dim=1) for side in (queries, keys)]
+    with phase("all-gather"):
+        counts = all_gather(torch.cat(sides, dim=1), group)
+    of_queries, of_keys = counts.split([side.shape[1] for side in sides], dim=2)
+    return of_queries, of_keys
+
+
+def sides_of(queries: Clusters, keys: Clusters, bias: Tensor | None, heads: Tensor | slice = slice(None)) -> Sides:
+    """Returns what the map of some heads, int64 [heads], is made from."""
+    weights = None if bias is None else bias[heads]
+    return Sides(queries.centroids[heads], queries.sizes[heads], keys.centroids[heads], keys.sizes[heads], weights)
+
+
+def mean_over(H: int, group: Group) -> Callable[[Tensor], Tensor]:
+    """Returns what averages the densities of `own_heads` of every rank over H heads, fp32 [1]."""
+    return lambda shares: all_gather(shares.contiguous(), group).flatten()[:H].mean()[None]
 
 
 def own_heads(H: int, ranks: Ranks, device: torch.device) -> Tensor:

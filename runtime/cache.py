@@ -1,13 +1,36 @@
 """What a job remembers from step to step: clusters, plans and exchanges, per (layer, branch)."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Plan
 from semvid.parallel.exchange import Counts, Exchange
 from semvid.parallel.maps import pack_bits
+from semvid.runtime.schedule import Refreshed
+
+
+class Changed:
+    """How many labels a refresh changed, on its way to the host; read a step later, when it has long arrived."""
+
+    def __init__(self, count: Tensor, labels: int) -> None:
+        """Starts the copy of `count`, int32 [1] and the same on every rank, of so many `labels` in all."""
+        self.count = count
+        self._labels = labels
+        self._arrived: Any = None
+        self._count = count
+        if count.is_cuda:
+            self._count = torch.empty(1, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def share(self) -> float:
+        """Returns the share of labels that changed, 0 .. 1."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._count) / self._labels
 
 
 class Memory(NamedTuple):
@@ -26,6 +49,19 @@ class Memory(NamedTuple):
     """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads; None where the plan has it."""
     counts: Counts | None = None
     """What an exchange is planned from, where the memory comes from a checkpoint."""
+    log_n: Tensor | None = None
+    """fp32 [H, Ck]: what stand-ins weigh, see `semvid.parallel.tail`; None without a tail."""
+    step: int = 0
+    """Of this refresh."""
+    interval: int = 0
+    """Steps since the refresh before it, as they were planned; 0: it was seeded."""
+    drift: Changed | float | None = None
+    """The share of labels that it changed, or what will tell it; None where nobody counts."""
+
+    def refreshed(self) -> Refreshed:
+        """Returns what the schedule reads; waits for a count that is on its way."""
+        drift = self.drift.share() if isinstance(self.drift, Changed) else self.drift
+        return Refreshed(self.step, self.interval, drift)
 
     def map_bits(self) -> Tensor:
         """Returns the map of all heads, uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first lowest."""

@@ -11,6 +11,7 @@ Permutations, plans and exchanges follow from labels and maps, so they are made 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from semvid.kernels.layout import Clusters
+from semvid.kernels.layout import BlockMap, Clusters
+from semvid.parallel.budget import columns
 from semvid.parallel.exchange import Counts
 from semvid.parallel.shard import Shard
 from semvid.runtime import folder, parts
@@ -31,6 +33,7 @@ from semvid.runtime.config import Config
 from semvid.runtime.denoise import Denoising
 from semvid.runtime.metrics import Density
 from semvid.runtime.models import resolve_dtype
+from semvid.runtime.schedule import Refreshed
 from semvid.runtime.session import Session, resolve_device
 
 FORMAT = 1
@@ -139,7 +142,9 @@ def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[st
         ValueError: the scheduler holds something other than tensors and plain values.
     """
     ranks, taken = session.ranks, {}
-    for (layer, branch), memory in session.cache.memories.items():
+    # Of memories that branches share the conditional one's ranks write.
+    memories = {} if session.shared and ranks.place.cfg > 0 else session.cache.memories
+    for (layer, branch), memory in memories.items():
         place = f"{branch}/{layer}"
         for side, clusters in (("queries", memory.queries), ("keys", memory.keys)):
             taken[f"{place}/{side}/labels"] = _narrowed(clusters.labels, clusters.centroids.shape[1])
@@ -149,6 +154,9 @@ def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[st
         if layer % ranks.mesh.sequence == ranks.shard:
             taken[f"{place}/map"] = memory.map_bits()
             taken[f"{place}/density"] = memory.density
+            taken[f"{place}/refreshed"] = _as_tensor(memory.refreshed())
+            if memory.log_n is not None:
+                taken[f"{place}/log_n"] = memory.log_n
     plain, tensors = scheduler_state(scheduler)
     if ranks.rank == 0:
         taken |= {"latents": state.latents, **{f"scheduler/{name}": x for name, x in tensors.items()}}
@@ -188,7 +196,7 @@ def restore(found: Checkpoint, session: Session, scheduler: Any, state: Denoisin
         plain = found.body["scheduler"]
         put_scheduler_state(scheduler, plain, {n.removeprefix("scheduler/"): x for n, x in tensors.items()}, device)
         memories = {}
-        for branch in state.contexts:
+        for branch in dict.fromkeys(session.owner_of(branch) for branch in state.contexts):
             for name in stored.names(f"{branch}/"):
                 if name.endswith("/density"):
                     layer = int(name.split("/")[1])
@@ -268,12 +276,26 @@ def _memory(stored: _Stored, place: str, session: Session, device: torch.device)
         counts.append(torch.stack([_counted(x, C) for x in own]))
     bits, density = (stored.only(f"{place}/{name}").to(device) for name in ("map", "density"))
     queries, keys = sides
+    log_n = stored.only(f"{place}/log_n").to(device) if f"{place}/log_n" in stored.holders else None
+    last = _as_refreshed(stored.only(f"{place}/refreshed"))
+    memory = Memory(queries, keys, density, [], None, bits, None, log_n, last.step, last.interval, last.drift)
     if mesh.sequence == 1:
-        return Memory(queries, keys, density, [], bits=bits)
+        return memory
     heads = torch.arange(bits.shape[0], device=device)
-    selected = session.ops.unpack_map(bits, heads, keys.centroids.shape[1])
-    computed = torch.where(selected, keys.sizes[:, None], 0).sum(-1, dtype=torch.int32)
-    return Memory(queries, keys, density, [], bits=bits, counts=Counts(counts[0], counts[1], computed))
+    block_map = BlockMap(session.ops.unpack_map(bits, heads, keys.centroids.shape[1]))
+    computed = columns(block_map, keys.sizes, tail=log_n is not None)
+    return memory._replace(counts=Counts(counts[0], counts[1], computed))
+
+
+def _as_tensor(last: Refreshed) -> Tensor:
+    """Returns a refresh as fp64 [3]: step, interval, drift or NaN."""
+    drift = math.nan if last.drift is None else last.drift
+    return torch.tensor([last.step, last.interval, drift], dtype=torch.float64)
+
+
+def _as_refreshed(stored: Tensor) -> Refreshed:
+    step, interval, drift = stored.tolist()
+    return Refreshed(int(step), int(interval), None if math.isnan(drift) else drift)
 
 
 def _counted(labels: Tensor, C: int) -> Tensor:

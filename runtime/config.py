@@ -86,16 +86,40 @@ class AttentionConfig:
     """Share of the estimated attention mass that a query cluster's selected key clusters reach, 0 < p <= 1."""
     floor: float = 0.1
     """Least share of key clusters selected, 0 .. 1."""
+    density: float | None = None
+    """The share of token pairs that each sparse call computes, stand-ins counted; p is found for it, layer by layer."""
+    head_floor: float = 0.0
+    """Least share of token pairs that each head computes, 0 .. 1: p of a head is raised to it."""
+    selection: Literal["mass", "error"] = "mass"
+    """"mass": the clusters with the most attention mass first. "error": those first whose stand-in would err most for
+    each key it saves; needs the tail."""
+    tail: Literal["none", "first", "second"] = "none"
+    """"first": key clusters that are not selected enter through their mean key and mean value. "second": weighed by the
+    spread of the cluster's keys too."""
     dense_steps: float = 0.2
     """Share of the steps, from the first, that stay dense; rounded down to whole steps."""
     dense_layers: int = 1
     """Layers, from the first, that stay dense."""
+    seeding: Literal["random", "spread"] = "random"
+    """Where k-means starts the first time: "random" tokens, or tokens of a sample that are "spread" far apart."""
     first_iterations: int = 50
-    """k-means iterations the first time, from random tokens."""
+    """k-means iterations the first time."""
     iterations: int = 2
     """k-means iterations of a refresh, from the centroids of the step before."""
+    refresh: Literal["fixed", "growing", "drift"] = "fixed"
+    """When clusters and map are refreshed: every `refresh_every` steps; at intervals that grow from it; or at intervals
+    that start with it, are halved where labels drift and doubled where they stay."""
     refresh_every: int = 1
     """Clusters and map are refreshed every so many steps and reused in between."""
+    refresh_growth: float = 2.0
+    """"growing": each interval is so many times the one before."""
+    refresh_most: int = 25
+    """"growing" and "drift": the longest interval, in steps."""
+    drift: float = 0.08
+    """"drift": the share of labels that may change from one refresh to the next; below half of it intervals grow."""
+    share_branches: Literal["no", "yes"] = "no"
+    """"yes": both branches go by the conditional one's labels and map, so that their errors are alike and guidance
+    does not magnify the difference."""
     clusters: tuple[ClusterCounts, ...] = (ClusterCounts(tokens=75_600, query=300, key=1000),)
     """The row nearest in tokens holds; below the smallest, its counts shrink with the square root of the tokens."""
     query_clusters: int | None = None
@@ -168,10 +192,20 @@ def read_preset(name: str, option: str = "--preset") -> dict[str, Any]:
         known = presets()
         raise ValueError(f"{option} is {name!r}; accepted: {', '.join(known)}, or a .toml file{_near(name, known)}")
     layer = read_toml(path, option)
-    stray = sorted(set(layer) - {"attention"})
+    stray = sorted(set(layer) - {"attention", "measured"})
     if stray:
-        raise ValueError(f"{option} is {name!r}, a file with {stray[0]!r}; a preset holds [attention] alone")
+        raise ValueError(f"{option} is {name!r}, a file with {stray[0]!r}; a preset holds [attention] and measured")
     return dict(layer.get("attention", {}))
+
+
+def measured(name: str) -> str | None:
+    """Returns what a preset's file says on where its values were measured, None if it says nothing or is gone."""
+    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get("measured")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def resolve(
@@ -187,7 +221,7 @@ def resolve(
     Args:
         file: the content of a configuration file; may name its preset.
         options: given on the command line, as {"video": {"frames": 33}, …}.
-        checkpoint: the content of the checkpoint's `semvid.toml`, its own defaults.
+        checkpoint: the content of the checkpoint's `semvid.toml`, its own defaults; may name a preset.
         preset: given on the command line; it replaces the file's preset and its [attention].
         preset_option: what an error calls it.
 
@@ -202,7 +236,7 @@ def resolve(
         _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")
     if preset is not None:
         file.pop("attention", None)
-    name = preset or file.get("preset", Config().preset)
+    name = preset or file.get("preset", (checkpoint or {}).get("preset", Config().preset))
     if not isinstance(name, str):
         raise ValueError(f"preset is {name!r}; accepted: {', '.join(presets())}, or a .toml file")
     layers = [checkpoint or {}, {"attention": read_preset(name, preset_option)}, file, options, {"preset": name}]
@@ -235,6 +269,7 @@ def check(config: Config) -> None:
     _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
     _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
     _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
+    _check_reuse(attention)
     job = config.job
     _require(job.checkpoint_steps >= 0, "job.checkpoint_steps", job.checkpoint_steps, "0 or more; 0 is never")
     seconds = job.checkpoint_seconds
@@ -251,6 +286,35 @@ def check(config: Config) -> None:
     for row in attention.clusters:
         for part in ("tokens", "query", "key"):
             _require(getattr(row, part) >= 1, f"attention.clusters.{part}", getattr(row, part), "1 or more")
+
+
+def _check_reuse(attention: AttentionConfig) -> None:
+    """Raises ValueError for options of the tail, the budget or the schedule that are not accepted."""
+    budget, least = attention.density, attention.head_floor
+    _require(budget is None or 0 < budget <= 1, "attention.density", budget, "0 < density <= 1")
+    most = 1.0 if budget is None else budget
+    _require(0 <= least <= most, "attention.head_floor", least, f"0 .. {most:g}, no more than attention.density")
+    needs = "mass; error needs attention.tail centroids"
+    _require(attention.selection == "mass" or attention.tail != "none", "attention.selection", "error", needs)
+    growth, drift = attention.refresh_growth, attention.drift
+    _require(math.isfinite(growth) and growth >= 1, "attention.refresh_growth", growth, "1 or more")
+    most_steps = attention.refresh_most
+    if attention.refresh != "fixed":
+        every = f"{attention.refresh_every} (attention.refresh_every) or more"
+        _require(most_steps >= attention.refresh_every, "attention.refresh_most", most_steps, every)
+    _require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
+
+
+def check_tokens(attention: AttentionConfig, tokens: int) -> None:
+    """Raises ValueError if a sequence of `tokens` tokens can't have the clusters or the density asked for."""
+    _, keys = cluster_counts(attention, tokens)
+    least = keys / tokens if attention.tail != "none" else 0.0
+    _require(
+        attention.density is None or attention.density > least,
+        "attention.density",
+        attention.density,
+        f"more than {least:.4f}: so much do the stand-ins of {keys} key clusters cost {tokens} tokens",
+    )
 
 
 def cluster_counts(attention: AttentionConfig, tokens: int) -> tuple[int, int]:

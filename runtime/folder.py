@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, cluster_counts, read_toml
+from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, check_tokens, read_toml
 from semvid.runtime.families import facts
 from semvid.runtime.families.facts import Facts
 
@@ -44,18 +44,18 @@ def locate(path: str) -> Path:
 
 
 def defaults(folder: Path) -> dict[str, Any]:
-    """Returns the checkpoint's own defaults: [video] of its `semvid.toml`, {} if it has none.
+    """Returns the checkpoint's own defaults: preset and [video] of its `semvid.toml`, {} if it has none.
 
     Raises:
-        ValueError: the file is unreadable or holds something other than [video].
+        ValueError: the file is unreadable or holds something other than these.
     """
     path = folder / DEFAULTS_FILE
     if not path.is_file():
         return {}
     layer = read_toml(path, "--model's semvid.toml")
-    stray = sorted(set(layer) - {"video"})
+    stray = sorted(set(layer) - {"video", "preset"})
     if stray:
-        raise ValueError(f"{path} holds {stray[0]!r}; a checkpoint's defaults are [video] alone")
+        raise ValueError(f"{path} holds {stray[0]!r}; a checkpoint's defaults are preset and [video] alone")
     return layer
 
 
@@ -129,7 +129,7 @@ def check(config: Config, geometry: Geometry) -> None:
     check_size(config.video, geometry)
     check_options(config.video, geometry.family)
     if config.attention.method == "clusters":
-        cluster_counts(config.attention, geometry.tokens(config.video))
+        check_tokens(config.attention, geometry.tokens(config.video))
 
 
 def check_options(video: VideoConfig, family: Facts) -> None:

@@ -93,13 +93,14 @@ def predict(
     if share_weights:
         # A rank's part, and two blocks gathered: the one that runs and the next.
         transformers = transformers // mesh.world_size + 2 * parameters(model) // model.geometry.layers
+    apart = guided and mesh.cfg == 1 and attention.share_branches == "no"
     tiled = is_tiled(model.vae, video.frames, video.height, video.width)
     return Need(
         weights=HALF * transformers + SINGLE * model.vae_parameters,
         encoders=HALF * sum(encoder.parameters for encoder in model.encoders),
         activations=_activations(model, rows, per_token=model.family.name == "wan2.2-ti2v"),
         windows=_windows(model, rows) if mesh.sequence > 1 and mesh.ring == 1 else 0,
-        state=_state(model, attention, tokens, rows, shared=mesh.sequence > 1) * (2 if guided and mesh.cfg == 1 else 1),
+        state=_state(model, attention, tokens, rows, shared=mesh.sequence > 1) * (2 if apart else 1),
         decode=decode_bytes(model.vae, video.frames, video.height * video.width, tiled=tiled),
         tiled=tiled,
     )

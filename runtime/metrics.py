@@ -123,6 +123,36 @@ def compare_frames(a: Frames, b: Frames) -> Likeness:
     return Likeness(psnr, ssim, _lpips(a, b))
 
 
+def likeness_on(a: Frames, b: Frames, device: torch.device) -> tuple[float | None, float]:
+    """Returns mean PSNR over the frames that differ, in dB (None if none does), and mean SSIM, computed on `device`.
+
+    Both are those of `compare_frames`: scikit-image takes seconds a frame at 480 × 832.
+
+    Args:
+        a: uint8 [F, height, width, 3].
+        b: likewise.
+        device: where to compute, frame by frame in fp64.
+    """
+    psnr, ssim = [], []
+    for pair in zip(a, b, strict=True):
+        x, y = (torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].double() for frame in pair)
+        if not torch.equal(x, y):
+            psnr.append(10 * torch.log10(255**2 / (x - y).square().mean()))
+        ssim.append(_structural_similarity(x, y))
+    return float(torch.stack(psnr).mean()) if psnr else None, float(torch.stack(ssim).mean())
+
+
+def _structural_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Returns SSIM (Wang et al. 2004) of [1, 3, height, width], range 255: 7 × 7 windows, sample variances."""
+    size = 7
+    n = size * size
+    means = [torch.nn.functional.avg_pool2d(z, size, 1) for z in (x, y, x * x, y * y, x * y)]
+    mx, my = means[:2]
+    vx, vy, vxy = (n / (n - 1) * (m - p) for m, p in zip(means[2:], (mx * mx, my * my, mx * my), strict=True))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean()
+
+
 def relative_error(a: Tensor, b: Tensor) -> float:
     """Returns ‖a - b‖ / ‖b‖ in fp64."""
     a, b = a.double(), b.double()

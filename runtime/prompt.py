@@ -10,12 +10,13 @@ own, and no linear layer on text is computed P times. What a job remembers (labe
 video tokens alone; what follows from it (order, plan, exchange) has the prompt.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import BlockMap, Permutation
+from semvid.kernels.layout import BlockMap, Permutation, Tail
 from semvid.parallel.exchange import Counts
 from semvid.parallel.shard import Shard
 
@@ -54,6 +55,12 @@ class Prompt(NamedTuple):
     def selected(self, block_map: BlockMap) -> BlockMap:
         """Returns a map of video clusters with the prompt's row and column, bool [H, Cq + 1, Ck + 1]."""
         return BlockMap(torch.nn.functional.pad(block_map.selected, (0, 1, 0, 1), value=True))
+
+    def stood_in(self, tail: Tail) -> Tail:
+        """Returns stand-ins with a column for the prompt that weighs nothing, as the prompt is always computed."""
+        k_mean, v_mean, log_n = tail
+        pad = torch.nn.functional.pad
+        return Tail(pad(k_mean, (0, 0, 0, 1)), pad(v_mean, (0, 0, 0, 1)), pad(log_n, (0, 1), value=-math.inf))
 
     def counted(self, counts: Counts) -> Counts:
         """Returns what an exchange is planned from, with the prompt's tokens."""

@@ -1,7 +1,8 @@
 """The state of one job on one pipeline: where the denoising loop is, what it remembers, what it has counted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -48,6 +49,10 @@ class Session:
     """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
     prompt: Prompt | None = None
     """The text tokens of the joint sequence in the current forward pass; None where it is video alone."""
+    renew: Callable[..., Any] | None = None
+    """Stands in for `semvid.runtime.refresh.refresh`, for other ways to divide the tokens beside ours."""
+    probe: Callable[..., None] | None = None
+    """Called after each sparse call with layer, q, k, v, out and the memory that it went by."""
     first_head: int = 0
     """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
 
@@ -97,6 +102,28 @@ class Session:
         # What the job has counted is counted once, whoever runs which branch from here on.
         if self.ranks.place.cfg == 0:
             self.meter.resume(density)
+
+    @property
+    def shared(self) -> bool:
+        """Whether both branches go by the labels and maps of the conditional one."""
+        return self.config.share_branches == "yes"
+
+    def owner(self) -> str:
+        """Returns the branch whose memories the current forward pass goes by.
+
+        Raises:
+            ValueError: branches share them, but each has a prompt in the sequence, and the plans have the other's.
+        """
+        branch = self.here().branch
+        owner = self.owner_of(branch)
+        if owner != branch and self.prompt is not None:
+            text = "attention.share_branches is 'yes', but each branch has its prompt in the attended sequence"
+            raise ValueError(f"{text}; accepted: no")
+        return owner
+
+    def owner_of(self, branch: str) -> str:
+        """Returns the branch whose memories `branch` goes by: of each transformer the conditional one, if shared."""
+        return branch.replace("uncond", "cond") if self.shared else branch
 
     def here(self) -> Position:
         """Returns the current position.

@@ -73,9 +73,9 @@ def register(
 
     Raises:
         ValueError: xfuser can't be used here or is not set up for it (`register_attention`), another transformer,
-            one that has semvid's attention already, heads that the ulysses ranks can't share, or a setting that is
-            not accepted. Later, from a forward pass: tokens that the ranks can't share equally, where xDiT would pad
-            with tokens that it does not mask.
+            one that has semvid's attention already, heads that the ulysses ranks can't share, a setting that is not
+            accepted, or branches that share clusters but run on different ranks. Later, from a forward pass: tokens
+            that the ranks can't share equally, where xDiT would pad with tokens that it does not mask.
     """
     registry = registry_of(transformer)
     processors = [block.attn1.processor for block in transformer.blocks]
@@ -88,6 +88,9 @@ def register(
     ranks, heads = ranks_of_xfuser(), transformer.config.num_attention_heads
     if heads % ranks.mesh.ulysses:
         raise ValueError(f"{heads} heads don't divide among xfuser's {ranks.mesh.ulysses} ulysses ranks")
+    if attention.share_branches == "yes" and ranks.mesh.cfg > 1:
+        accepted = "no where xfuser runs the branches on different ranks, or a cfg degree of 1"
+        raise ValueError(f"attention.share_branches is 'yes'; accepted: {accepted}")
     session = Session(attention, dispatch.select(attention.backend, transformer.device), seed)
     session.first_head = ranks.place.ulysses * (heads // ranks.mesh.ulysses)
     unregister = register_attention()

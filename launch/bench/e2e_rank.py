@@ -32,7 +32,7 @@ STEPS, FIRST_SPARSE = 50, 10
 REST = "linear and rest"
 PARTS = {
     "attention": ("attend",),
-    "clustering": ("cluster", "map", "plan"),
+    "clustering": ("seed", "cluster", "means", "map", "plan"),
     "exchange": ("all-reduce", "all-gather", "pack", "exchange", "join", "wait", "return"),
 }
 
@@ -141,7 +141,11 @@ class _Video:
     def _install(self, model: Any) -> tuple[Session, Replay]:
         """Puts semvid's attention with replayed densities into the transformer."""
         attention = replace(
-            self.deployment.config.attention, dense_steps=FIRST_SPARSE / STEPS, refresh_every=2, method="clusters"
+            self.deployment.config.attention,
+            dense_steps=FIRST_SPARSE / STEPS,
+            refresh="fixed",
+            refresh_every=2,
+            method="clusters",
         )
         ops = select(self.options.backend, self.device)
         layers = self.family.attentions(model)

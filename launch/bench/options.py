@@ -35,6 +35,7 @@ SHAPES = {
         # Long: the case that AsymHP publishes times of, on four GPUs.
         Shape(name="wan1.3b-long", model="Wan2.1-T2V-1.3B", heads=12, head_dim=128, tokens=188_760),
         Shape(name="hunyuan-720p", model="HunyuanVideo", heads=24, head_dim=128, tokens=118_800),
+        Shape(name="d64-720p", model="Wan2.1-T2V-14B", heads=40, head_dim=64, tokens=75_600),
         Shape(name="toy", model="Wan2.1-T2V-1.3B", heads=2, head_dim=64, tokens=500),
     )
 }
@@ -127,6 +128,44 @@ class LayerOptions:
     windows: bool = True
     """Whether rows go through memory that the GPUs share, where they can; by collectives otherwise."""
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepOptions:
+    """One `semvid bench attention`."""
+
+    shapes: tuple[str, ...]
+    backends: tuple[str, ...] = ("auto", "triton")
+    query_clusters: tuple[int, ...] = (100, 200, 300, 400)
+    key_clusters: tuple[int, ...] = (250, 500, 1000, 2000)
+    densities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    peers: tuple[str, ...] = ()
+    repeats: int = 10
+    warmup: int = 1
+    device: str = "auto"
+    seed: int = 0
+
+
+SWEEP_PEERS = ("fa3", "sdpa-cudnn", "flashinfer-fa3")
+
+
+def check_sweep(options: SweepOptions) -> None:
+    """Raises ValueError if an option of `semvid bench attention` is outside what is accepted, naming it."""
+    for density in options.densities:
+        check(Options(shapes=options.shapes, density=density, repeats=options.repeats, warmup=options.warmup))
+    for name in options.peers:
+        _require_known("--peers", name, SWEEP_PEERS)
+    counts = {"--query-clusters": options.query_clusters, "--key-clusters": options.key_clusters}
+    for option, values in counts.items():
+        for value in values:
+            most = min(SHAPES[name].tokens for name in options.shapes)
+            if not 1 <= value <= most:
+                raise ValueError(f"{option} is {value}; accepted: 1 .. {most}")
+    for name in options.shapes:
+        if options.device == "cpu" and name not in CPU_SHAPES:
+            raise ValueError(f"--shape is {name!r}, which takes a GPU; accepted on a CPU: {', '.join(CPU_SHAPES)}")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed is {options.seed}; accepted: 0 .. 2^63 - 1")
 
 
 def check_layer(options: LayerOptions) -> None:

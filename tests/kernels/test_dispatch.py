@@ -6,7 +6,7 @@ import torch
 import triton
 
 from semvid.kernels import dispatch, reference
-from semvid.kernels.dispatch import Ops, missing, select
+from semvid.kernels.dispatch import Ops, lacks, missing, select
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -47,11 +47,28 @@ def test_auto_takes_hopper_on_capability_9_only(
 
 def test_hopper_takes_from_triton_what_it_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
     hopper, generic = select("hopper", CUDA), select("triton", CUDA)
     own = {op for op in Ops._fields[1:] if getattr(hopper, op) is not getattr(generic, op)}
-    assert own == {"assign"}
+    assert own == {"assign", "attention"}
+    assert lacks("hopper") is None
     for op in Ops._fields[1:]:
         assert inspect.signature(getattr(hopper, op)) == inspect.signature(getattr(reference, op)), op
+
+
+def test_a_triton_that_is_too_new_for_hopper_attention_takes_the_generic_one_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    hopper, generic = select("auto", CUDA), select("triton", CUDA)
+    assert hopper.name == "hopper"
+    assert {op for op in Ops._fields[1:] if getattr(hopper, op) is not getattr(generic, op)} == {"assign"}
+    assert lacks("hopper") == (
+        "attention by triton: its own needs a triton older than 3.8, found 3.8.0 (pip install 'triton<3.8')"
+    )
+    assert lacks("triton") is None
+    assert lacks("reference") is None
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -96,12 +113,13 @@ def test_hopper_with_an_old_triton_is_refused_with_the_command(version: str, mon
 
 def test_hopper_without_gluon_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_gluon(name: str) -> object:
-        if name == "semvid.kernels.hopper":
+        if name == "semvid.kernels.hopper_attention":
             raise ImportError("No module named 'triton.experimental.gluon'")
         return found(name)
 
     found = importlib.import_module
     pretend(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(dispatch.importlib, "import_module", without_gluon)
     reason = f"triton {triton.__version__} lacks the Gluon that it needs: No module named 'triton.experimental.gluon'"
     assert missing("hopper", CUDA) == reason

@@ -159,6 +159,12 @@ def test_grouped_tokens_give_the_same_sums(device: torch.device) -> None:
         assert torch.equal(one, other)
 
 
+def test_rows_of_one_column_are_summed_too(device: torch.device) -> None:
+    x, labels = torch.randn(2, 257, 1, device=device), make_labels("random", 2, 257, 9, device)
+    order = permute.group(labels, 9)
+    torch.testing.assert_close(kmeans.sums_by_runs(x, order)[0], reference.sums_by_runs(x, order)[0])
+
+
 def test_no_tokens_have_zero_sums(device: torch.device) -> None:
     sums, counts = kmeans.cluster_sums(
         torch.zeros(2, 0, 16, device=device), torch.zeros(2, 0, dtype=torch.int32, device=device), 3

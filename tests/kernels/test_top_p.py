@@ -78,6 +78,59 @@ def test_clusters_without_weight_fill_the_floor_by_score(
     assert found[0, 0].nonzero().flatten().tolist() == expected
 
 
+def greedy(q: Tensor, k: Tensor, sizes: Tensor, p: float, bias: Tensor) -> Tensor:
+    """The rule with a bias, cluster by cluster in fp64: most weight a key first, until p of the weight is there."""
+    per_key = (q.double() @ k.double().mT / math.sqrt(q.shape[-1]) + bias.double()[:, None]).exp()
+    selected = torch.zeros(per_key.shape, dtype=torch.bool)
+    for h, i in torch.cartesian_prod(*(torch.arange(n) for n in per_key.shape[:2])).tolist():
+        weights = per_key[h, i] * sizes[h]
+        taken = 0.0
+        for j in per_key[h, i].argsort(descending=True).tolist():
+            if sizes[h, j] > 0 and taken < p * weights.sum():
+                selected[h, i, j] = True
+                taken += float(weights[j])
+    return selected
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_with_a_bias_the_most_weight_for_the_fewest_keys_is_taken(p: float, device: torch.device) -> None:
+    q, k, sizes = make_inputs(2, 5, 63, 64, device)
+    bias = torch.randn(2, 63, device=device)
+    expected = greedy(q.cpu(), k.cpu(), sizes.cpu(), p, bias.cpu())
+    assert torch.equal(reference.top_p_map(q, k, sizes, p, 0.0, bias).selected.cpu(), expected)
+    assert torch.equal(top_p.top_p_map(q, k, sizes, p, 0.0, bias).selected.cpu(), expected)
+
+
+def test_each_head_may_have_its_own_p(device: torch.device) -> None:
+    q, k, sizes = make_inputs(3, 5, 63, 64, device)
+    p = torch.tensor([0.2, 0.9, 1.0], device=device)
+    for bias in (None, torch.zeros(3, 63, device=device)):
+        for op in (top_p.top_p_map, reference.top_p_map):
+            found = op(q, k, sizes, p, 0.1, bias).selected
+            for h in range(3):
+                alone = op(
+                    q[h : h + 1], k[h : h + 1], sizes[h : h + 1], float(p[h]), 0.1, bias if bias is None else bias[:1]
+                )
+                assert torch.equal(found[h : h + 1], alone.selected)
+
+
+def test_equal_weights_of_unequal_sizes_are_taken_by_index(device: torch.device) -> None:
+    q, k = torch.zeros(1, 2, 16, device=device), torch.randn(1, 4, 16, device=device)
+    sizes = torch.tensor([[5, 1, 1, 3]], dtype=torch.int32, device=device)
+    for op in (top_p.top_p_map, reference.top_p_map):
+        found = op(q, k, sizes, 0.65, 0.0, torch.zeros(1, 4, device=device)).selected
+        assert found[0].tolist() == [[True, True, True, False]] * 2
+
+
+def test_budgets_of_other_shapes_are_refused(device: torch.device) -> None:
+    q, k, sizes = make_inputs(2, 3, 10, 64, device)
+    for op in (top_p.top_p_map, reference.top_p_map):
+        with pytest.raises(ValueError, match=r"p must be fp32 \[2\], not torch.float32 \[3\]"):
+            op(q, k, sizes, torch.ones(3, device=device) / 2, 0.1)
+        with pytest.raises(ValueError, match=r"bias must be fp32 \[2, 10\], not torch.float64"):
+            op(q, k, sizes, 0.5, 0.1, torch.ones(2, 10, device=device).double())
+
+
 def test_a_floor_above_the_number_of_clusters_with_tokens_takes_them_all(device: torch.device) -> None:
     q, k, sizes = make_inputs(1, 5, 63, 64, device)
     sizes[0, :60] = 0

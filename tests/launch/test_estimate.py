@@ -40,6 +40,9 @@ def test_steps_follow_the_schedule() -> None:
     assert kinds == {"dense": 10, "first": 1, "refresh": 39, "reuse": 0}
     # Each of two transformers begins with its own clusters.
     assert deployments.step_kinds(deployments.read(Path("wan2.2-a14b-720p")))["first"] == 2
+    # Refreshed 2, 4, 8 and then every 10 steps after the one before.
+    growing = deployments.step_kinds(deployments.read(Path("wan2.1-14b-720p"), "balanced"))
+    assert growing == {"dense": 10, "first": 1, "refresh": 5, "reuse": 34}
     dense = deployments.step_kinds(deployments.read(Path("wan2.1-14b-720p"), "dense"))
     assert dense == {"dense": 50, "first": 0, "refresh": 0, "reuse": 0}
 

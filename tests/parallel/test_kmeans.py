@@ -11,7 +11,8 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import select
 from semvid.parallel.collectives import all_reduce_sum
-from semvid.parallel.kmeans import random_tokens, refine
+from semvid.parallel.kmeans import refine
+from semvid.parallel.seeding import random_tokens
 
 OPS = select("reference", torch.device("cpu"))
 

@@ -259,6 +259,13 @@ def test_degrees_that_cant_be_honoured_are_refused(fake: Fake, degrees: dict[str
         xdit.ranks_of_xfuser()
 
 
+def test_branches_on_different_ranks_share_no_clusters(fake: Fake, pipeline: Any) -> None:
+    fake.set_up(cfg=2)
+    as_xdit(pipeline, fake)
+    with pytest.raises(ValueError, match="attention.share_branches is 'yes'; accepted: no where xfuser"):
+        registered(pipeline, preset="balanced")
+
+
 def test_groups_that_are_not_there_are_refused(fake: Fake) -> None:
     with pytest.raises(ValueError, match="not initialised; accepted: after its initialize_model_parallel"):
         xdit.ranks_of_xfuser()

@@ -30,7 +30,17 @@ CPU = torch.device("cpu")
 REUSED = {"refresh_every": 3, "p": 0.6, "query_clusters": 6, "key_clusters": 9, "first_iterations": 5}
 # Refreshed once: nothing is clustered again after the checkpoint, so every mesh computes the same.
 ONCE = {**REUSED, "refresh_every": 10}
-SETTINGS = {"dense": ("dense", {}), "refreshed": ("svg2", {}), "reused": ("svg2", REUSED)}
+# Refreshed at step 1, 2 and 4: the checkpoint after step 3 holds a drift that decides on step 4.
+TAIL = {**REUSED, "tail": "second", "selection": "error", "floor": 0.0, "seeding": "spread", "share_branches": "yes"}
+DRIFT = {**TAIL, "refresh": "drift", "refresh_every": 1, "drift": 0.5, "density": 0.6, "share_branches": "no"}
+SETTINGS = {
+    "dense": ("dense", {}),
+    "refreshed": ("svg2", {}),
+    "reused": ("svg2", REUSED),
+    "tail": ("svg2", TAIL),
+    "drift": ("svg2", DRIFT),
+    "shared": ("svg2", {**TAIL, "refresh_every": 10}),
+}
 Make = Callable[..., Config]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -430,10 +440,11 @@ def save(result: Any, job: Job) -> None:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["once", "shared"])
 def test_a_job_goes_on_with_another_number_of_processes_and_another_mesh(
-    make: Make, pipeline: Any, tiny_model: Path, tmp_path: Path, spawn: Callable[..., None]
+    kind: str, make: Make, pipeline: Any, tiny_model: Path, tmp_path: Path, spawn: Callable[..., None]
 ) -> None:
-    config = make("once", every=100, height=80, width=112)
+    config = make(kind, every=100, height=80, width=112)
     meshes = {"cfg": Mesh(cfg=2), "ulysses": Mesh(ulysses=2), "ring": Mesh(ring=2)}
     alone = generate(jobs.create(tmp_path / "alone", config), pipeline=pipeline).latents
     assert checkpoint.describe(config)["model"]["folder"] == locate(config.model.path).name
@@ -442,13 +453,13 @@ def test_a_job_goes_on_with_another_number_of_processes_and_another_mesh(
         generate(start, pipeline=pipeline, told_to_stop=lambda: start.step == 3)
     for name in meshes:
         shutil.copytree(start.folder, tmp_path / "widened" / name)
-        for kind in ("whole", "begun", "narrowed"):
-            jobs.create(tmp_path / kind / name, config)
+        for place in ("whole", "begun", "narrowed"):
+            jobs.create(tmp_path / place / name, config)
     spawn(2, _on_two, tiny_model, tmp_path, config, meshes)
     for name in meshes:
         found = {
-            kind: torch.from_numpy(np.load(tmp_path / kind / name / "latents.npy"))
-            for kind in ("widened", "whole", "begun")
+            place: torch.from_numpy(np.load(tmp_path / place / name / "latents.npy"))
+            for place in ("widened", "whole", "begun")
         }
         narrowed = Job(tmp_path / "narrowed" / name, config)
         held = {path.name for path in (narrowed.checkpoints / "step-000003").iterdir()}
@@ -457,5 +468,5 @@ def test_a_job_goes_on_with_another_number_of_processes_and_another_mesh(
         assert result.resumed_after == 3
         # The same mesh: the same bits.
         assert torch.equal(found["begun"], found["whole"]), name
-        for kind, latents in (("widened", found["widened"]), ("narrowed", result.latents)):
-            assert float((latents - alone).abs().max()) <= 1e-4, (name, kind)
+        for place, latents in (("widened", found["widened"]), ("narrowed", result.latents)):
+            assert float((latents - alone).abs().max()) <= 1e-4, (name, place)

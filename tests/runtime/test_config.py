@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from semvid.runtime import config as configs
-from semvid.runtime.config import AttentionConfig, ClusterCounts, cluster_counts, resolve
+from semvid.runtime.config import AttentionConfig, ClusterCounts, check_tokens, cluster_counts, measured, resolve
 
 PROMPT = {"video": {"prompt": "a ball"}}
 
@@ -92,11 +92,19 @@ def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
         ({"attention": {"clusters": [{"tokens": 9, "query": 0, "key": 1}]}}, r"attention.clusters.query is 0"),
         ({"attention": {"method": "magic"}}, r"attention.method is 'magic'; accepted: dense, clusters"),
         ({"attention": 3}, r"attention is 3; accepted: a table"),
+        ({"attention": {"density": 0}}, r"attention.density is 0.0; accepted: 0 < density <= 1"),
+        ({"attention": {"density": 0.2, "head_floor": 0.3}}, r"attention.head_floor is 0.3; accepted: 0 .. 0.2"),
+        ({"attention": {"selection": "error"}}, r"attention.selection is 'error'; accepted: mass; error needs"),
+        ({"attention": {"tail": "third"}}, r"attention.tail is 'third'; accepted: none, first, second"),
+        ({"attention": {"refresh_growth": 0.5}}, r"attention.refresh_growth is 0.5; accepted: 1 or more"),
+        ({"attention": {"refresh": "drift", "refresh_every": 30}}, r"attention.refresh_most is 25; accepted: 30"),
+        ({"attention": {"drift": 0}}, r"attention.drift is 0.0; accepted: 0 < drift <= 1"),
+        ({"attention": {"share_branches": True}}, r"attention.share_branches is True; accepted: no, yes"),
         ({"model": {"dtype": "bf15"}}, r"model.dtype is 'bf15'; accepted: auto, bf16.*did you mean 'bf16'\?"),
         ({"video": {"seed": -1}}, r"seed is -1; accepted: 0 .. 2\^63 - 1"),
         ({"video": {"steps": 0}}, r"steps is 0; accepted: 1 or more"),
         ({"video": {"guidance": float("inf")}}, r"guidance is inf"),
-        ({"preset": "svg3"}, r"--preset is 'svg3'; accepted: dense, svg2.*did you mean 'svg2'\?"),
+        ({"preset": "svg3"}, r"--preset is 'svg3'; accepted: balanced, dense.*did you mean 'svg2'\?"),
         ({"preset": 3}, r"preset is 3; accepted"),
     ],
 )
@@ -121,3 +129,35 @@ def test_a_preset_file_holds_attention_alone(tmp_path: Path) -> None:
     path.write_text("p = = 1")
     with pytest.raises(ValueError, match="no valid TOML"):
         resolve(None, PROMPT, preset=str(path))
+
+
+def test_a_density_below_what_stand_ins_cost_is_refused() -> None:
+    attention = AttentionConfig(tail="first", density=0.1, key_clusters=20)
+    check_tokens(attention, 201)
+    with pytest.raises(ValueError, match=r"attention.density is 0.1; accepted: more than 0.1000: so much do the stand"):
+        check_tokens(attention, 200)
+    check_tokens(AttentionConfig(density=0.1, key_clusters=20), 200)
+
+
+def test_a_preset_may_say_where_it_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("measured = 'here'\n[attention]\np = 0.5\n")
+    assert resolve(None, PROMPT, preset=str(path)).attention.p == 0.5
+    assert (measured(str(path)), measured("dense"), measured(str(tmp_path / "gone.toml"))) == ("here", None, None)
+
+
+def test_a_checkpoint_may_name_its_preset() -> None:
+    checkpoint = {"preset": "balanced", "video": {"steps": 7}}
+    assert resolve(None, PROMPT, checkpoint=checkpoint).preset == "balanced"
+    assert resolve({"preset": "dense"}, PROMPT, checkpoint=checkpoint).preset == "dense"
+    assert resolve(None, PROMPT, checkpoint=checkpoint, preset="svg2").attention.tail == "none"
+    with pytest.raises(ValueError, match="preset is 3; accepted: balanced, dense, quality, svg2, turbo"):
+        resolve(None, PROMPT, checkpoint={"preset": 3})
+
+
+@pytest.mark.parametrize("name", ["quality", "balanced", "turbo"])
+def test_our_presets_say_where_they_were_measured(name: str) -> None:
+    found = resolve(None, PROMPT, preset=name).attention
+    assert (found.tail, found.selection, found.share_branches) == ("second", "error", "yes")
+    assert found.clusters == resolve(None, PROMPT, preset="svg2").attention.clusters
+    assert "the demo model" in (measured(name) or "")

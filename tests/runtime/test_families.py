@@ -17,6 +17,7 @@ Make = Callable[..., Config]
 Stock = Callable[[Any, VideoConfig], Tensor]
 NAMES = ["wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b", "hunyuanvideo"]
 EXACT = {"p": 1.0, "dense_steps": 0.0, "dense_layers": 0}
+TAIL = {"tail": "second", "selection": "error", "floor": 0.0, "seeding": "spread", "share_branches": "yes"}
 
 
 def load(config: Config) -> Any:
@@ -83,6 +84,14 @@ def run_again(pipeline: Any, handle: Any, config: Config) -> tuple[Tensor, Any, 
     return run(pipeline, config)
 
 
+def test_with_a_tail_too_everything_selected_equals_the_stock_pipeline(family_config: Make, stock: Stock) -> None:
+    config = family_config("hunyuanvideo", EXACT | TAIL)
+    pipeline = load(config)
+    latents, density, _ = run(pipeline, config)
+    torch.testing.assert_close(latents, stock(pipeline, config.video), rtol=1e-4, atol=1e-4)
+    assert density.sparse == 1.0
+
+
 def test_an_image_changes_the_video_and_is_needed(family_config: Make, image: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -129,6 +138,17 @@ def test_each_of_two_transformers_has_its_turn_and_its_state(family_config: Make
     low, _, _ = run(load(config), family_config("wan2.2-t2v-a14b", {"p": 0.7}, boundary=0.0))
     high, _, _ = run(load(config), family_config("wan2.2-t2v-a14b", {"p": 0.7}, boundary=1.0))
     assert not torch.allclose(low, high)
+
+
+def test_branches_of_each_transformer_share_what_its_conditional_one_finds(family_config: Make) -> None:
+    attention = TAIL | {"p": 0.5, "dense_steps": 0.0, "refresh": "growing"}
+    config = family_config("wan2.2-t2v-a14b", attention, boundary=0.5, steps=6)
+    pipeline = load(config)
+    handle = sparsify(pipeline, attention=config.attention)
+    state = denoise.start(pipeline, config.video)
+    for step in denoise.steps(pipeline, state):
+        assert {branch for _, branch in handle.session.cache.memories} == {("cond", "cond-2")[state.stages[step]]}
+    assert 0 < handle.density().sparse < 1
 
 
 def test_guidance_of_the_second_transformer_holds_from_the_boundary_on(family_config: Make) -> None:

@@ -17,6 +17,7 @@ from semvid.runtime.job import Job
 
 # Refreshed at every third step: what follows a checkpoint reuses its labels and map.
 REUSED = {"p": 0.6, "refresh_every": 3, "dense_steps": 0.0}
+TAIL = {"tail": "second", "selection": "error", "floor": 0.0, "seeding": "spread", "share_branches": "yes"}
 Make = Callable[..., Config]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,21 +37,23 @@ def stopped_after(step: int, folder: Path, config: Config) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("name", "video", "step"),
+    ("name", "attention", "video", "step"),
     [
-        ("wan2.1-i2v-14b", {}, 3),
-        ("wan2.2-ti2v-5b", {}, 3),
-        ("hunyuanvideo", {}, 3),
+        ("wan2.1-i2v-14b", {}, {}, 3),
+        ("wan2.2-ti2v-5b", {}, {}, 3),
+        ("hunyuanvideo", {}, {}, 3),
+        ("hunyuanvideo", TAIL, {}, 3),
         # The second transformer begins with the fourth step.
-        ("wan2.2-t2v-a14b", {"boundary": 0.5}, 3),
-        ("wan2.2-t2v-a14b", {"boundary": 0.5}, 4),
-        ("wan2.2-t2v-a14b", {"boundary": 0.5}, 5),
+        ("wan2.2-t2v-a14b", {}, {"boundary": 0.5}, 3),
+        ("wan2.2-t2v-a14b", {}, {"boundary": 0.5}, 4),
+        ("wan2.2-t2v-a14b", {}, {"boundary": 0.5}, 5),
+        ("wan2.2-t2v-a14b", TAIL, {"boundary": 0.5}, 5),
     ],
 )
 def test_a_job_goes_on_as_if_it_had_not_stopped(
-    name: str, video: dict[str, Any], step: int, family_config: Make, tmp_path: Path
+    name: str, attention: dict[str, Any], video: dict[str, Any], step: int, family_config: Make, tmp_path: Path
 ) -> None:
-    config = family_config(name, REUSED, steps=6, **video)
+    config = family_config(name, REUSED | attention, steps=6, **video)
     whole = generate(jobs.create(tmp_path / "whole", config))
     job = stopped_after(step, tmp_path / "stopped", config)
     result = generate(job)
@@ -65,11 +68,11 @@ def _goes_on(rank: int, world: int, folder: Path) -> None:
         torch.save(result.latents, folder / "latents.pt")
 
 
-@pytest.mark.parametrize("name", ["hunyuanvideo"])
+@pytest.mark.parametrize("attention", [{}, TAIL])
 def test_a_job_with_a_prompt_in_its_sequence_goes_on_on_two_ranks(
-    name: str, family_config: Make, tmp_path: Path, spawn: Callable[..., None]
+    attention: dict[str, Any], family_config: Make, tmp_path: Path, spawn: Callable[..., None]
 ) -> None:
-    config = family_config(name, REUSED | {"refresh_every": 10}, steps=5)
+    config = family_config("hunyuanvideo", REUSED | attention | {"refresh_every": 10}, steps=5)
     whole = generate(jobs.create(tmp_path / "whole", config))
     job = stopped_after(3, tmp_path / "stopped", config)
     spawn(2, _goes_on, job.folder)

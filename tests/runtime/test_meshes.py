@@ -7,45 +7,47 @@ import pytest
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import Clusters
 from semvid.parallel import balance
-from semvid.parallel.kmeans import refine
+from semvid.parallel.kmeans import Refined, refine_with
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks, connect
-from semvid.runtime import denoise, models, sparse
+from semvid.runtime import denoise, models, refresh
 from semvid.runtime.config import Config
 from semvid.runtime.folder import locate
 from semvid.runtime.metrics import Density
 
 # 175 tokens on two heads: neither divides by two, three or four ranks alike.
 SIZE = {"height": 80, "width": 112, "frames": 17, "steps": 4}
+TAIL = {"tail": "second", "selection": "error", "floor": 0.0}
+SHARED = {"seeding": "spread", "refresh": "drift", "refresh_every": 1, "drift": 0.3, "share_branches": "yes"}
 SETTINGS = {"dense_steps": 0.25, "query_clusters": 6, "key_clusters": 9, "first_iterations": 5, "refresh_every": 2}
-Record = dict[tuple[int, str, int], list[Clusters]]
 
 
 class Recorder:
-    """Stands in for `refine`: keeps what one process finds, call by call, or gives a shard's part of it again."""
+    """Stands in for `refine_with`: keeps what one process finds, call by call, or gives a shard's part of it again."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, list[Clusters]]] = []
+        self.calls: list[tuple[str, Refined]] = []
         self.played: dict[str, int] = {}
         self.session: Any = None
         self.replaying = False
 
-    def __call__(self, xs: list[Tensor], starts: list[Tensor], iterations: int, ops: Any, group: Any) -> list[Clusters]:
+    def __call__(
+        self, xs: list[Tensor], starts: list[Tensor], iterations: int, ops: Any, group: Any, **riding: list[Tensor]
+    ) -> Refined:
         branch, shard = self.session.here().branch, self.session.shard
         if not self.replaying:
-            found = refine(xs, starts, iterations, ops, group)
+            found = refine_with(xs, starts, iterations, ops, group, **riding)
             self.calls.append((branch, found))
             return found
         place = self.played.get(branch, 0)
         self.played[branch] = place + 1
-        whole = [clusters for name, clusters in self.calls if name == branch][place]
+        whole = [found for name, found in self.calls if name == branch][place]
         parts = []
-        for side in whole:
+        for side in whole.clusters:
             labels = side.labels if shard is None else side.labels[:, shard.first : shard.first + shard.tokens]
             parts.append(side._replace(labels=labels, permutation=ops.group(labels, side.centroids.shape[1])))
-        return parts
+        return whole._replace(clusters=parts)
 
 
 def latents(
@@ -54,7 +56,7 @@ def latents(
     """Runs the job's loop, from its first latents times 1 + noise, and returns its latents and density."""
     handle = models.sparsify(pipeline, attention=config.attention, seed=3, ranks=ranks)
     recorder.session = handle.session
-    sparse.refine = recorder
+    refresh.refine_with = recorder
     try:
         state = denoise.start(pipeline, config.video, ranks)
         shake = torch.randn(state.latents.shape, generator=torch.Generator().manual_seed(1))
@@ -64,7 +66,7 @@ def latents(
         assert torch.isfinite(state.latents).all()
         return state.latents, handle.density()
     finally:
-        sparse.refine = refine
+        refresh.refine_with = refine_with
         handle.remove()
 
 
@@ -82,7 +84,7 @@ def _meshes(rank: int, world: int, meshes: list[Mesh], configs: dict[str, Config
         ranks = connect(mesh)
         for name, config in configs.items():
             recorders[name].replaying = True
-            recorder = recorders[name] if name == "replayed" else Recorder()
+            recorder = recorders[name] if "replayed" in name else Recorder()
             found, density = latents(pipeline, config, ranks, recorder)
             whole, whole_density = alone[name]
             label = f"{mesh} {name} rank {rank}"
@@ -93,9 +95,9 @@ def _meshes(rank: int, world: int, meshes: list[Mesh], configs: dict[str, Config
             # Clustered freely, near-ties may fall the other way; the yardstick has them too.
             error = float((found - whole).abs().max())
             assert error <= 8 * yardsticks[name], f"{label}: {error}, one ulp makes {yardsticks[name]}"
-            if name != "free":
+            if "free" not in name:
                 assert density.sparse == pytest.approx(whole_density.sparse, rel=1e-6), label
-                assert (whole_density.sparse < 0.9) == (name == "replayed"), label
+                assert (whole_density.sparse < 0.9) == ("replayed" in name), label
             recorder.played.clear()
 
 
@@ -104,6 +106,8 @@ def _configs(tiny_config: Callable[..., Config]) -> dict[str, Config]:
         "exact": tiny_config(attention=SETTINGS | {"p": 1.0}, **SIZE),
         "replayed": tiny_config(attention=SETTINGS | {"p": 0.7, "floor": 0.1}, **SIZE),
         "free": tiny_config(attention=SETTINGS | {"p": 0.7, "floor": 0.1}, **SIZE),
+        "tail replayed": tiny_config(attention=SETTINGS | TAIL | {"p": 0.5}, **SIZE),
+        "tail free": tiny_config(attention=SETTINGS | TAIL | SHARED | {"density": 0.5}, **SIZE),
     }
 
 

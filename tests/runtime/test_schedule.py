@@ -1,18 +1,20 @@
 import pytest
 
+from semvid.runtime import schedule
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.schedule import Dense, Refresh, Reuse, decide, num_dense_steps
+from semvid.runtime.schedule import Dense, Refresh, Refreshed, Reuse, decide, next_interval, num_dense_steps
 
 SVG2 = AttentionConfig()
 
 
-def plan(config: AttentionConfig, steps: int, layer: int) -> list[object]:
+def plan(config: AttentionConfig, steps: int, layer: int, drift: float = 0.0) -> list[object]:
     """The decisions of one layer over a whole job."""
-    decisions: list[object] = []
-    for step in range(steps):
-        seen = any(not isinstance(d, Dense) for d in decisions)
-        decisions.append(decide(config, step=step, steps=steps, layer=layer, has_clusters=seen))
-    return decisions
+    return [*schedule.plan(config, steps, layer + 1, drift)[layer]]
+
+
+def refreshes(config: AttentionConfig, steps: int, drift: float = 0.0) -> list[int]:
+    """The steps at which a layer refreshes."""
+    return [step for step, what in enumerate(plan(config, steps, 1, drift)) if isinstance(what, Refresh)]
 
 
 @pytest.mark.parametrize(
@@ -43,4 +45,25 @@ def test_reuse_fills_the_steps_between_refreshes() -> None:
 
 
 def test_a_job_that_starts_in_the_middle_is_seeded_there() -> None:
-    assert decide(SVG2, step=30, steps=50, layer=4, has_clusters=False) == Refresh(50, seeded=True)
+    assert decide(SVG2, step=30, steps=50, layer=4, last=None) == Refresh(50, seeded=True)
+
+
+def test_intervals_grow_up_to_the_longest() -> None:
+    config = AttentionConfig(refresh="growing", refresh_every=2, refresh_growth=1.5, refresh_most=7)
+    assert refreshes(config, 50) == [10, 12, 15, 20, 27, 34, 41, 48]
+    steady = AttentionConfig(refresh="growing", refresh_every=3, refresh_growth=1.0)
+    assert refreshes(steady, 20) == [4, 7, 10, 13, 16, 19]
+
+
+def test_drift_halves_intervals_and_its_absence_doubles_them() -> None:
+    config = AttentionConfig(refresh="drift", refresh_every=4, drift=0.1, refresh_most=12)
+    assert refreshes(config, 50, drift=0.0) == [10, 14, 22, 34, 46]
+    assert refreshes(config, 50, drift=0.07) == [10, *range(14, 50, 4)]
+    assert refreshes(config, 30, drift=0.2) == [6, 10, 12, *range(13, 30)]
+
+
+def test_every_layer_and_branch_goes_by_its_own_drift() -> None:
+    config = AttentionConfig(refresh="drift", refresh_every=4, drift=0.1)
+    assert [next_interval(config, Refreshed(9, 4, drift)) for drift in (0.2, 0.1, 0.06, 0.04)] == [2, 4, 4, 8]
+    assert next_interval(config, Refreshed(9, 1, 0.5)) == 1
+    assert next_interval(config, Refreshed(9, 0, None)) == 4

@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from semvid.kernels.dispatch import select
+from semvid.kernels.layout import Tail
+from semvid.parallel.kmeans import means_of
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.schedule import Dense, Refresh, Reuse
+from semvid.runtime.schedule import Dense, Refresh, Refreshed, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
 
@@ -80,6 +82,101 @@ def test_reuse_computes_the_new_queries_keys_and_values() -> None:
     session.enter(Position(1, 10, "cond"))
     x = qkv(seed=2)
     torch.testing.assert_close(call(session, x), scaled_dot_product_attention(*x), rtol=1e-5, atol=1e-5)
+
+
+def exact(x: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return scaled_dot_product_attention(*x)
+
+
+def error(session: Session, x: tuple[Tensor, Tensor, Tensor]) -> float:
+    return float((call(session, x) - exact(x)).norm() / exact(x).norm())
+
+
+def test_stand_ins_bring_the_result_closer_at_the_same_map() -> None:
+    x = tuple(part / 2 for part in qkv(257))
+    none, first, second = (error(make(p=0.3, tail=tail), x) for tail in ("none", "first", "second"))
+    assert first < 0.5 * none
+    assert second < 0.5 * none
+
+
+def test_stand_ins_of_single_keys_are_exact_and_cost_one_column_each() -> None:
+    x = qkv(40)
+    for tail in ("first", "second"):
+        session = make(p=0.1, tail=tail, key_clusters=40, first_iterations=1)
+        torch.testing.assert_close(call(session, x), exact(x), rtol=1e-3, atol=1e-3)
+        assert session.meter.read().sparse == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("tail", ["first", "second"])
+@pytest.mark.parametrize("seeding", ["random", "spread"])
+def test_with_p_one_nothing_is_left_for_stand_ins(tail: str, seeding: str) -> None:
+    x = qkv(100)
+    session = make(p=1.0, tail=tail, selection="error", seeding=seeding)
+    plain = make(p=1.0, seeding=seeding)
+    assert torch.equal(call(session, x), call(plain, x))
+    torch.testing.assert_close(call(session, x), exact(x), rtol=1e-5, atol=1e-5)
+
+
+def test_under_kept_labels_means_are_those_of_the_step() -> None:
+    x, moved = qkv(257), tuple(2 * part + 1 for part in qkv(257))
+    session = make(refresh_every=5, p=0.3, tail="first")
+    call(session, x)
+    session.enter(Position(1, 10, "cond"))
+    assert decision(session, 1) == Reuse()
+    found = call(session, moved)
+    memory = session.cache.get(1, "cond")
+    assert memory is not None
+    keys, values = means_of(moved[1:], memory.keys, session.ops)
+    tail = Tail(keys, values, memory.keys.sizes.float().log())
+    order = [side.permutation.order for side in (memory.queries, memory.keys, memory.keys)]
+    grouped = [session.ops.gather_rows(part, by) for part, by in zip(moved, order, strict=True)]
+    out, _ = session.ops.attention(*grouped, memory.plans[0], tail=tail)
+    assert torch.equal(found, session.ops.scatter_rows(out, order[0]))
+
+
+def test_the_density_of_the_job_is_met_layer_by_layer() -> None:
+    for tail in ("none", "second"):
+        session = make(density=0.4, tail=tail, query_clusters=20, key_clusters=40)
+        call(session, tuple(part / 3 for part in qkv(600)))
+        assert session.meter.read().sparse == pytest.approx(0.4, rel=0.1)
+
+
+def test_a_density_that_no_weight_is_left_for_is_not_spent() -> None:
+    # All but 6 · 10⁻⁶ of it is estimated to lie in a fifth of the keys.
+    asked, most = (make(query_clusters=20, key_clusters=40, **budget) for budget in ({"density": 0.4}, {"p": 0.999994}))
+    for session in (asked, most):
+        call(session, qkv(600))
+    assert asked.meter.read().sparse < 0.3
+    assert asked.meter.read().sparse == pytest.approx(most.meter.read().sparse, rel=0.02)
+
+
+def test_branches_that_share_go_by_the_same_map_and_their_own_means() -> None:
+    session = make(p=0.5, tail="first", share_branches="yes")
+    call(session, qkv(257))
+    first = session.cache.get(1, "cond")
+    session.enter(Position(0, 10, "uncond"))
+    assert decision(session, 1) == Reuse()
+    x = qkv(257, seed=1)
+    assert not torch.equal(call(session, x), exact(x))
+    assert session.cache.memories.keys() == {(1, "cond")}
+    assert session.cache.get(1, "cond") is first
+    session.enter(Position(1, 10, "cond"))
+    assert decision(session, 1) == Refresh(2, seeded=False)
+
+
+def test_drift_is_the_share_of_labels_that_changed() -> None:
+    session = make(refresh="drift", refresh_every=1, drift=0.5)
+    call(session, qkv(seed=1))
+    before = session.cache.get(1, "cond")
+    session.enter(Position(1, 10, "cond"))
+    call(session, qkv(seed=2))
+    after = session.cache.get(1, "cond")
+    assert before is not None
+    assert after is not None
+    pairs = ((before.queries, after.queries), (before.keys, after.keys))
+    changed = sum(int((old.labels != new.labels).sum()) for old, new in pairs)
+    assert after.refreshed() == Refreshed(1, 1, changed / (2 * 3 * 100))
+    assert before.refreshed() == Refreshed(0, 0, None)
 
 
 def test_centroids_are_the_means_of_their_labels() -> None:

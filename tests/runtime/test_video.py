@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from semvid.runtime import metrics, video
-from semvid.runtime.metrics import Frames, compare_frames, relative_error
+from semvid.runtime.metrics import Frames, compare_frames, likeness_on, relative_error
 
 
 @pytest.fixture
@@ -115,3 +115,15 @@ def test_relative_error_is_the_norm_of_the_difference() -> None:
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])
     assert relative_error(a, b) == pytest.approx(10**0.5 / 5)
     assert relative_error(b, b) == 0
+
+
+def test_likeness_on_a_device_is_that_of_scikit_image() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
+    b = np.clip(a + generator.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+    b[1] = a[1]
+    expected = compare_frames(a, b)
+    psnr, ssim = likeness_on(a, b, torch.device("cpu"))
+    assert psnr == pytest.approx(expected.mean_psnr, rel=1e-9)
+    assert ssim == pytest.approx(expected.mean_ssim, rel=1e-6)
+    assert likeness_on(a, a, torch.device("cpu")) == (None, pytest.approx(1.0))

@@ -1,4 +1,4 @@
-"""The Hopper kernels against the Triton ones. On a CPU: what is refused, and what is handed to the launch."""
+"""`assign` for Hopper against the Triton one. On a CPU: what is refused, and what is handed to the launch."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from semvid.kernels import hopper, kmeans, reference
+from semvid.kernels import hopper, hopper_assign, kmeans, reference
 from semvid.kernels.dispatch import missing
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -86,20 +86,20 @@ def test_what_tma_cannot_take_goes_to_triton(x: Tensor, device: torch.device, mo
     asked = []
     monkeypatch.setattr(kmeans, "assign", lambda *inputs: asked.append(inputs))
     centroids = torch.zeros(x.shape[0], 3, x.shape[2])
-    hopper.assign(x, centroids)
+    hopper_assign.assign(x, centroids)
     assert asked == [(x, centroids)]
 
 
 def test_wrong_inputs_are_refused_as_by_triton(device: torch.device) -> None:
     x = torch.zeros(2, 5, 64, device=device, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"centroids must be float32 \[2, C, 64\], not torch.float32 \[2, 3, 32\]"):
-        hopper.assign(x, torch.zeros(2, 3, 32, device=device))
+        hopper_assign.assign(x, torch.zeros(2, 3, 32, device=device))
     with pytest.raises(ValueError, match="holds no centroid"):
-        hopper.assign(x, torch.zeros(2, 0, 64, device=device))
+        hopper_assign.assign(x, torch.zeros(2, 0, 64, device=device))
     with pytest.raises(ValueError, match="x must be a floating"):
-        hopper.assign(x[0], torch.zeros(2, 3, 64, device=device))
+        hopper_assign.assign(x[0], torch.zeros(2, 3, 64, device=device))
     with pytest.raises(ValueError, match=r"x is torch.float64; accepted"):
-        hopper.assign(x.double(), torch.zeros(2, 3, 64, device=device))
+        hopper_assign.assign(x.double(), torch.zeros(2, 3, 64, device=device))
 
 
 class Recorder:
@@ -124,9 +124,9 @@ def test_a_launch_covers_every_token_and_centroid(
     x, centroids = clustered(3, N, C, 64, torch.float16, device)
     x = laid_out(x, layout)
     kernel = Recorder()
-    monkeypatch.setattr(hopper, "_assign", kernel)
-    monkeypatch.setattr(hopper, "_num_sms", lambda device: sms)
-    labels = hopper.assign(x, centroids)
+    monkeypatch.setattr(hopper_assign, "_assign", kernel)
+    monkeypatch.setattr(hopper_assign, "num_sms", lambda device: sms)
+    labels = hopper_assign.assign(x, centroids)
     x_desc, c_desc, half_norms, out, *counts = kernel.inputs
     assert out is labels
     assert labels.dtype == torch.int32
@@ -169,7 +169,7 @@ def test_labels_are_tritons_bit_for_bit(H: int, N: int, C: int, D: int, dtype: t
     for layout in LAYOUTS:
         other = laid_out(x, layout)
         assert hopper.takes(other)
-        assert torch.equal(hopper.assign(other, centroids), expected), layout
+        assert torch.equal(hopper_assign.assign(other, centroids), expected), layout
 
 
 @pytest.mark.gpu
@@ -181,7 +181,7 @@ def test_ties_go_to_the_smaller_index(C: int, dtype: torch.dtype, gpu: torch.dev
     x[..., ::8] = torch.randint(-1, 2, (2, 777, 8), device=gpu).to(dtype)
     centroids[..., ::8] = torch.randint(-1, 2, (2, C, 8), device=gpu).float()
     centroids[:, C // 2 :] = centroids[:, : C - C // 2].clone()
-    assert torch.equal(hopper.assign(x, centroids), reference.assign(x, centroids))
+    assert torch.equal(hopper_assign.assign(x, centroids), reference.assign(x, centroids))
 
 
 @pytest.mark.gpu
@@ -189,16 +189,16 @@ def test_padding_never_wins_over_far_centroids(gpu: torch.device) -> None:
     # The zero rows that pad the centroids would be nearest.
     x = torch.randn(1, 63, 64, device=gpu).bfloat16()
     centroids = torch.randn(1, 3, 64, device=gpu).add(50).bfloat16().float()
-    assert torch.equal(hopper.assign(x, centroids), reference.assign(x, centroids))
+    assert torch.equal(hopper_assign.assign(x, centroids), reference.assign(x, centroids))
 
 
 @pytest.mark.gpu
 def test_labels_of_broken_tokens_stay_in_range(gpu: torch.device) -> None:
     x, centroids = clustered(1, 100, 5, 64, torch.bfloat16, gpu)
-    expected = hopper.assign(x, centroids)
+    expected = hopper_assign.assign(x, centroids)
     broken = torch.tensor([3, 7, 9], device=gpu)
     x[0, 3], x[0, 7], x[0, 9] = torch.nan, torch.inf, -torch.inf
-    labels = hopper.assign(x, centroids)
+    labels = hopper_assign.assign(x, centroids)
     assert 0 <= int(labels.min()) <= int(labels.max()) < 5
     labels[:, broken] = expected[:, broken]
     assert torch.equal(labels, expected)
@@ -209,34 +209,34 @@ def test_labels_of_broken_tokens_stay_in_range(gpu: torch.device) -> None:
 @pytest.mark.parametrize("C", [300, 1000])
 def test_labels_at_real_size_are_tritons_and_repeat(H: int, N: int, C: int, gpu: torch.device) -> None:
     x, centroids = clustered(H, N, C, 128, torch.bfloat16, gpu)
-    labels = hopper.assign(x, centroids)
+    labels = hopper_assign.assign(x, centroids)
     assert torch.equal(labels, kmeans.assign(x, centroids))
     for _ in range(5):
-        assert torch.equal(labels, hopper.assign(x, centroids))
-    assert torch.equal(labels, hopper.assign(laid_out(x, "heads inside"), centroids))
+        assert torch.equal(labels, hopper_assign.assign(x, centroids))
+    assert torch.equal(labels, hopper_assign.assign(laid_out(x, "heads inside"), centroids))
 
 
 @pytest.mark.gpu
 def test_addresses_past_two_to_the_31_are_right(gpu: torch.device) -> None:
     x = torch.randn(220, 80_000, 128, device=gpu, dtype=torch.bfloat16)
     centroids = torch.randn(220, 10, 128, device=gpu)
-    assert torch.equal(hopper.assign(x, centroids)[-1:], kmeans.assign(x[-1:], centroids[-1:]))
+    assert torch.equal(hopper_assign.assign(x, centroids)[-1:], kmeans.assign(x[-1:], centroids[-1:]))
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_no_sync")
 def test_labels_never_wait_for_the_host(gpu: torch.device) -> None:
     x = torch.randn(4, 5000, 128, device=gpu, dtype=torch.bfloat16)
-    hopper.assign(x, torch.randn(4, 100, 128, device=gpu))
+    hopper_assign.assign(x, torch.randn(4, 100, 128, device=gpu))
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_labels_what_is_in_its_inputs(gpu: torch.device) -> None:
     x, centroids = clustered(4, 5000, 333, 128, torch.bfloat16, gpu)
-    hopper.assign(x, centroids)
+    hopper_assign.assign(x, centroids)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        labels = hopper.assign(x, centroids)
+        labels = hopper_assign.assign(x, centroids)
     for _ in range(3):
         other_x, other_centroids = clustered(4, 5000, 333, 128, torch.bfloat16, gpu)
         x.copy_(other_x)

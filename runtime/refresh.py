@@ -1,0 +1,237 @@
+"""New clusters of one layer and branch, and what follows from them: what stand-ins weigh, map, plans, exchange."""
+
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semvid.kernels.layout import BlockMap, Clusters, Plan
+from semvid.parallel.budget import Rule, columns, density, find_map
+from semvid.parallel.collectives import broadcast_all
+from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
+from semvid.parallel.kmeans import Refined, over, refine_with
+from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, pack_bits, sides_of
+from semvid.parallel.phases import phase
+from semvid.parallel.seeding import random_tokens, spread_tokens
+from semvid.parallel.shard import Shard
+from semvid.parallel.tail import Weights, squares, weigh
+from semvid.runtime.cache import Changed, Memory
+from semvid.runtime.config import AttentionConfig, cluster_counts
+from semvid.runtime.prompt import Prompt
+from semvid.runtime.schedule import Refresh, next_interval
+from semvid.runtime.session import Session
+
+
+class Means(NamedTuple):
+    """Mean keys and mean values of all key clusters, over all ranks, fp32 [H, Ck, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def refresh(
+    q: Tensor, k: Tensor, v: Tensor, session: Session, layer: int, todo: Refresh
+) -> tuple[Memory, Means | None]:
+    """Returns new clusters of q and k, in order, with what follows from them, and the means if there is a tail.
+
+    Every rank that shares the sequence must enter; where branches share clusters on several ranks, those of all
+    branches: the conditional one makes them and sends them. Prompt tokens are in no cluster (`prompt`).
+
+    Args:
+        q: local queries, [H, n, D], in token order, a prompt's after those of the video; k and v likewise.
+        k: keys.
+        v: values.
+        session: says where in the job this is; the refresh before is in its cache.
+        layer: index of the transformer block.
+        todo: from `decide`.
+    """
+    before = session.cache.get(layer, session.owner())
+    interval = 0 if before is None else next_interval(session.config, before.refreshed())
+    video_q, video_k, video_v = (x[:, : x.shape[1] - session.prompt_rows] for x in (q, k, v))
+    if session.shared and session.ranks.place.cfg > 0:
+        return _received(video_q, session, before)._replace(step=session.here().step, interval=interval), None
+    starts = _starts(video_q, video_k, session, layer, todo)
+    found, weights, means = _cluster(video_q, video_k, video_v, session, starts, todo, before)
+    queries, keys = found.clusters
+    rule, bias = _rule(session.config), None
+    if weights is not None and session.config.selection == "error":
+        bias = weights.bias
+    memory = _place(q, k, v, session, queries, keys, rule, bias)._replace(
+        log_n=None if weights is None else weights.log_n,
+        step=session.here().step,
+        interval=interval,
+        drift=None if found.changed is None else Changed(found.changed, _num_labels(video_q, session)),
+    )
+    if session.shared and session.ranks.cfg is not None:
+        # The ranks of the other branch wait for it in `_received`.
+        broadcast_all(_shared_parts(memory), session.ranks.cfg)
+    return memory, means
+
+
+def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
+    """Returns a memory from a checkpoint with what follows from its labels and map; no collective."""
+    ops, prompt = session.ops, session.prompt
+    queries, keys = (_ordered(side, prompt) for side in memory[:2])
+    Ck = keys.centroids.shape[1]
+    assert memory.bits is not None, "a checkpoint has the map"
+    if memory.counts is not None:
+        whole = _counted(GlobalMap(memory.bits, Ck, memory.counts), prompt)
+        exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
+        return memory._replace(queries=queries, keys=keys, plans=plans, exchange=exchange, counts=None)
+    with phase("plan"):
+        block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
+        if prompt is not None:
+            block_map = prompt.selected(block_map)
+        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
+    return memory._replace(queries=queries, keys=keys, plans=[plan], bits=None if prompt is None else memory.bits)
+
+
+def has_tail(config: AttentionConfig) -> bool:
+    """Returns whether stand-ins are computed: with p = 1 nothing is left for them, and the result is dense exactly."""
+    return config.tail != "none" and (config.p < 1 or config.density is not None)
+
+
+def _rule(config: AttentionConfig) -> Rule:
+    return Rule(config.p, config.floor, config.density, config.head_floor, has_tail(config))
+
+
+def _cluster(
+    q: Tensor, k: Tensor, v: Tensor, session: Session, starts: list[Tensor], todo: Refresh, before: Memory | None
+) -> tuple[Refined, Weights | None, Means | None]:
+    """Returns clusters, what their stand-ins weigh, and their means; values ride the all-reduce of the last sums."""
+    tail = has_tail(session.config)
+    riders = [v, squares(k)] if tail else []
+    labels = []
+    if session.config.refresh == "drift" and before is not None:
+        labels = [before.queries.labels, before.keys.labels]
+    ops, group = session.ops, session.ranks.sequence
+    found = refine_with([q, k], starts, todo.iterations, ops, group, riders=riders, before=labels)
+    if not tail:
+        return found, None, None
+    with phase("means"):
+        queries, keys = found.clusters
+        values, key_squares = found.sums
+        weights = weigh(queries, keys, key_squares)
+        if session.config.tail == "first":
+            weights = weights._replace(log_n=keys.sizes.float().log())
+        return found, weights, Means(keys.centroids, over(values, keys.sizes))
+
+
+def _place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    session: Session,
+    queries: Clusters,
+    keys: Clusters,
+    rule: Rule,
+    bias: Tensor | None,
+) -> Memory:
+    """Returns clusters with their map, plans and exchange."""
+    prompt = session.prompt
+    if session.shard is None:
+        return _place_whole(session, queries, keys, rule, bias)
+    whole = _counted(gather_map(queries, keys, rule, session.ops, session.ranks, bias), prompt)
+    queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
+    exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
+    return Memory(queries, keys, whole.density(), plans, exchange, whole.bits)
+
+
+def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule, bias: Tensor | None) -> Memory:
+    """Returns clusters with their map and plan, where the sequence is whole."""
+    ops, prompt = session.ops, session.prompt
+    sides, bits = sides_of(queries, keys, bias), None
+    with phase("map"):
+        block_map = find_map(sides, rule, ops, mean_over(keys.sizes.shape[0], None))
+        if prompt is not None:
+            bits, block_map = pack_bits(block_map.selected), prompt.selected(block_map)
+            sides = sides._replace(q_sizes=prompt.sized(sides.q_sizes), k_sizes=prompt.sized(sides.k_sizes))
+        share = density(block_map, sides, ops, tail=rule.tail)
+    queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
+    with phase("plan"):
+        runs = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
+    return Memory(queries, keys, share, [runs], bits=bits)
+
+
+def _ordered(side: Clusters, prompt: Prompt | None) -> Clusters:
+    """Returns clusters whose order has the prompt's tokens too; labels, centroids and sizes stay the video's."""
+    return side if prompt is None else side._replace(permutation=prompt.ordered(side.permutation))
+
+
+def _counted(whole: GlobalMap, prompt: Prompt | None) -> GlobalMap:
+    """Returns a map whose counts have the prompt's tokens too; its bits stay those of video clusters."""
+    return whole if prompt is None else whole._replace(counts=prompt.counted(whole.counts))
+
+
+def _plan_across(
+    q: Tensor, k: Tensor, v: Tensor, session: Session, whole: GlobalMap, queries: Clusters, keys: Clusters
+) -> tuple[Exchange, list[Plan]]:
+    """Returns the exchange of a map and what this rank computes of it, hop by hop."""
+    ops, orders = session.ops, (queries.permutation, keys.permutation)
+    with phase("plan"):
+        layouts, direct = (layout(q), layout(k), layout(v)), session.windows is not None
+        exchange = plan_exchange(whole.counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
+        block_map = BlockMap(whole.selected(exchange.heads, ops))
+        if session.prompt is not None:
+            block_map = session.prompt.selected(block_map)
+        return exchange, [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+
+
+def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
+    """Returns the centroids that k-means starts from: tokens, or those of an earlier refresh."""
+    group, config = session.ranks.sequence, session.config
+    if not todo.seeded:
+        memory = session.cache.get(layer, session.owner())
+        assert memory is not None, "the schedule warm-starts only what is there"
+        return [memory.queries.centroids, memory.keys.centroids]
+    shard = session.shard or Shard(rank=0, ranks=1, total=q.shape[1])
+    key = (session.seed, layer, zlib.crc32(session.owner().encode()), session.here().step)
+    draw = spread_tokens if config.seeding == "spread" else random_tokens
+    counts = cluster_counts(config, shard.total)
+    with phase("seed"):
+        return [
+            draw(x, C, (*key, side), shard.total, shard.first, group, session.first_head)
+            for side, (x, C) in enumerate(zip((q, k), counts, strict=True))
+        ]
+
+
+def _num_labels(q: Tensor, session: Session) -> int:
+    """Returns how many labels queries and keys of all heads have, over all ranks."""
+    tokens = q.shape[1] if session.shard is None else session.shard.total
+    return 2 * q.shape[0] * tokens
+
+
+def _shared_parts(memory: Memory) -> list[Tensor]:
+    """Returns what the ranks of the other branch make the same memory of."""
+    sides = [part for side in (memory.queries, memory.keys) for part in side[:3]]
+    extra = [] if memory.log_n is None else [memory.log_n]
+    drift = [memory.drift.count] if isinstance(memory.drift, Changed) else []
+    return [*sides, memory.density, memory.map_bits(), *extra, *drift]
+
+
+def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
+    """Returns the memory that the conditional branch's rank with the same shard has just made.
+
+    Every rank of both branches must enter, that one with its `_shared_parts`.
+    """
+    ops, ranks, (H, n, D) = session.ops, session.ranks, q.shape
+    tokens = n if session.shard is None else session.shard.total
+    tail, counted = has_tail(session.config), session.config.refresh == "drift" and before is not None
+    Cq, Ck = cluster_counts(session.config, tokens)
+    shapes = [((H, n), torch.int32), ((H, Cq, D), torch.float32), ((H, Cq), torch.int32)]
+    shapes += [((H, n), torch.int32), ((H, Ck, D), torch.float32), ((H, Ck), torch.int32)]
+    shapes += [((H,), torch.float32), ((H, Cq, -(-Ck // 8)), torch.uint8)]
+    shapes += [((H, Ck), torch.float32)] * tail + [((1,), torch.int32)] * counted
+    room = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in shapes]
+    parts = broadcast_all(room, ranks.cfg)
+    queries = Clusters(parts[0], parts[1], parts[2], ops.group(parts[0], Cq))
+    keys = Clusters(parts[3], parts[4], parts[5], ops.group(parts[3], Ck))
+    memory = Memory(queries, keys, parts[6], [], bits=parts[7], log_n=parts[8] if tail else None)
+    if counted:
+        memory = memory._replace(drift=Changed(parts[-1], _num_labels(q, session)))
+    if session.shard is None:
+        return memory
+    block_map = BlockMap(ops.unpack_map(parts[7], torch.arange(H, device=q.device), Ck))
+    computed = columns(block_map, keys.sizes, tail=tail)
+    return memory._replace(counts=Counts(*gather_counts(queries, keys, ranks.sequence), computed))
