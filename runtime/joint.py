@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from semvid.kernels.dense import dense
 from semvid.parallel.shard import Shard, pad
+from semvid.runtime.fp8 import apply_all
 from semvid.runtime.processors import Processor, fold, unfold
 from semvid.runtime.prompt import Prompt
 from semvid.runtime.schedule import Dense
@@ -103,11 +104,12 @@ class PromptHook(ModelHook):
 
 def project_video(attn: Any, x: Tensor, rotary: Rotary, norm_rotary: Callable[..., Tensor]) -> list[Tensor]:
     """Returns queries, keys and values of video tokens x [B, n, H·D], normed and turned, [B·H, n, D] each."""
+    projected = apply_all((attn.to_q, attn.to_k, attn.to_v), x)
     q, k = (
-        norm_rotary(project(x), norm.weight, norm.eps, *rotary, attn.heads)
-        for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+        norm_rotary(y, norm.weight, norm.eps, *rotary, attn.heads)
+        for y, norm in zip(projected, (attn.norm_q, attn.norm_k), strict=False)
     )
-    return [q, k, fold(attn.to_v(x).unflatten(2, (attn.heads, -1)))]
+    return [q, k, fold(projected[2].unflatten(2, (attn.heads, -1)))]
 
 
 def project_text(attn: Any, x: Tensor) -> list[Tensor]:
@@ -117,7 +119,7 @@ def project_text(attn: Any, x: Tensor) -> list[Tensor]:
     else:
         projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         norms = (attn.norm_added_q, attn.norm_added_k)
-    split = [project(x).unflatten(2, (attn.heads, -1)) for project in projections]
+    split = [y.unflatten(2, (attn.heads, -1)) for y in apply_all(projections, x)]
     q, k = (norm(y) for norm, y in zip(norms, split, strict=False))
     return [fold(y) for y in (q, k, split[2])]
 

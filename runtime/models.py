@@ -18,6 +18,8 @@ from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
 from semvid.runtime.families.adapters import adapter, adapter_of
 from semvid.runtime.families.family import Family, context_name
 from semvid.runtime.folder import family_of
+from semvid.runtime.fp8 import check_fp8, quantize_linears
+from semvid.runtime.fused import fuse, unfuse
 from semvid.runtime.metrics import Density
 from semvid.runtime.session import Position, Session, resolve_device
 from semvid.runtime.sharding import shard_transformer, unshard_transformer
@@ -69,6 +71,7 @@ class Sparsified:
                 registry.remove_hook(name, recurse=False)
             if self.session.ranks.mesh.sequence > 1:
                 unshard_transformer(transformer, self.family.plan(transformer))
+            unfuse(self.family.blocks(transformer))
         self._stock = []
         self.session.windows = None
         self.session.reset()
@@ -110,6 +113,10 @@ def sparsify(
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
     session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
+    if attention.method != "dense":
+        # First, so that everything else stays around it.
+        for model in models:
+            fuse(family.blocks(model), session.ops)
     if session.ranks.mesh.sequence > 1:
         for model in models:
             shard_transformer(model, session, family.plan(model))
@@ -162,10 +169,14 @@ def load_pipeline(
         share: whether the ranks of the default process group share the transformer's weights; every one must enter.
 
     Raises:
-        ValueError: the device is not there, or the checkpoint is of no supported family.
+        ValueError: the device is not there or has no FP8 though it is asked for, or the checkpoint is of no supported
+            family.
     """
     device = resolve_device(model.device)
-    dtypes = {"default": resolve_dtype(model.dtype, device), "vae": torch.float32}
+    dtype = resolve_dtype(model.dtype, device)
+    if model.linear == "fp8":
+        check_fp8(device, dtype)
+    dtypes = {"default": dtype, "vae": torch.float32}
     family = adapter(family_of(folder))
     left_out = {name: None for name in family.facts.parts if "encoder" in name} if encoders == "none" else {}
     pipeline = family.loader().from_pretrained(folder, dtype=dtypes, local_files_only=True, **left_out)
@@ -173,12 +184,14 @@ def load_pipeline(
     if share:
         for transformer in transformers_of(pipeline, family):
             share_weights(transformer.requires_grad_(False), family.blocks(transformer))
-    if device.type == "cpu":
-        return pipeline
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and (encoders == "device" or "encoder" not in name):
-            part.to(device)
-    prefer_cudnn(pipeline, family)
+    if device.type != "cpu":
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and (encoders == "device" or "encoder" not in name):
+                part.to(device)
+        prefer_cudnn(pipeline, family)
+    if model.linear == "fp8":
+        for transformer in transformers_of(pipeline, family):
+            quantize_linears(family.blocks(transformer), family.facts.heavy, dispatch.select("auto", device))
     return pipeline
 
 

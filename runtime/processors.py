@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from semvid.parallel.shard import pad
+from semvid.runtime.fp8 import apply_all
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
 from semvid.runtime.sparse import decision, dense_attention, sparse_attention
@@ -82,7 +83,8 @@ def project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         return q, k, v
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    q, k, v = apply_all((attn.to_q, attn.to_k, attn.to_v), x)
+    return q, k, v
 
 
 def fold_turned(norm: Any, x: Tensor, rotary_emb: Rotary, norm_rotary: Callable[..., Tensor]) -> Tensor:

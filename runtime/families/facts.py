@@ -25,7 +25,9 @@ class Facts:
     """Whether a video can begin with an image."""
     branches: int = 2
     """2: classifier-free guidance runs a second branch; 1: guidance is an input of the model."""
-
+    heavy: tuple[str, ...] = ()
+    """Where in a block the linear layers are that read video tokens; of two kinds of blocks each has some. The second
+    feed-forward layer comes before the first: see `semvid.runtime.fp8`."""
     joint: bool = False
     """Whether text tokens are in the attended sequence; dense calls are then ours too (`semvid.runtime.joint`)."""
 
@@ -34,6 +36,21 @@ class Facts:
         return self.branches == 2 and guidance > 1
 
 
+# Keys and values of cross-attention are made of 512 rows of text.
+_WAN_HEAVY = (
+    *(f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    "attn2.to_q",
+    "attn2.to_out.0",
+    "ffn.net.2",
+    "ffn.net.0",
+)
+_HUNYUAN_HEAVY = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ff.net.2",
+    "ff.net.0",
+    "proj_mlp",
+    "proj_out",
+)
 _WAN_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
 WAN = Facts(
@@ -43,6 +60,7 @@ WAN = Facts(
     transformer="WanTransformer3DModel",
     vae="AutoencoderKLWan",
     parts=_WAN_PARTS,
+    heavy=_WAN_HEAVY,
 )
 WAN_IMAGE = Facts(
     name="wan2.1-i2v",
@@ -51,6 +69,7 @@ WAN_IMAGE = Facts(
     transformer="WanTransformer3DModel",
     vae="AutoencoderKLWan",
     parts=(*_WAN_PARTS, "image_encoder", "image_processor"),
+    heavy=_WAN_HEAVY,
     image="required",
 )
 WAN_PAIR = Facts(
@@ -60,6 +79,7 @@ WAN_PAIR = Facts(
     transformer="WanTransformer3DModel",
     vae="AutoencoderKLWan",
     parts=(*_WAN_PARTS, "transformer_2"),
+    heavy=_WAN_HEAVY,
     transformers=("transformer", "transformer_2"),
 )
 WAN_SMALL = Facts(
@@ -69,6 +89,7 @@ WAN_SMALL = Facts(
     transformer="WanTransformer3DModel",
     vae="AutoencoderKLWan",
     parts=_WAN_PARTS,
+    heavy=_WAN_HEAVY,
     image="optional",
 )
 HUNYUAN = Facts(
@@ -79,6 +100,7 @@ HUNYUAN = Facts(
     vae="AutoencoderKLHunyuanVideo",
     parts=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "scheduler", "vae"),
     branches=1,
+    heavy=_HUNYUAN_HEAVY,
     joint=True,
 )
 
