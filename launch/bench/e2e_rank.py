@@ -17,19 +17,25 @@ from semvid.kernels.dispatch import select
 from semvid.launch import env, worker
 from semvid.launch.bench.replay import Replay, layer_densities
 from semvid.launch.bench.video_options import E2eOptions
+from semvid.parallel import xdit
 from semvid.parallel.phases import recording
 from semvid.parallel.ranks import Ranks, connect, join, leave, slowest
 from semvid.parallel.windows import open_windows
 from semvid.runtime import memory, models, published
 from semvid.runtime.families.adapters import adapter
+from semvid.runtime.fp8 import quantize_linears
+from semvid.runtime.fused import fuse
 from semvid.runtime.session import Session
-from semvid.runtime.sharding import shard_transformer
+from semvid.runtime.sharding import shard_transformer, unshard_transformer
+from semvid.runtime.xdit import UspProcessor
 
 # As many steps as make every kind come by: dense, then refreshes and reuses by turns.
 STEPS, FIRST_SPARSE = 50, 10
 # What a phase of an attention call is part of. The rest of a forward pass is linear layers, norms, cross-attention, and
 # on one GPU the attention of the layers that stay dense.
 REST = "linear and rest"
+# A dense pass with our blocks, and what is added to a row's name with linear layers in FP8.
+OURS, FP8 = "dense, ours", ", fp8"
 PARTS = {
     "attention": ("attend",),
     "clustering": ("seed", "cluster", "means", "map", "plan"),
@@ -84,31 +90,62 @@ class _Video:
             self.deployment.model, self.device, self.dtype, seed=self.options.seed, **changes
         )
         weights = sum(x.numel() * x.element_size() for x in model.parameters())
-        inputs, rows = self._inputs(model), []
-        if self.ranks.mesh.sequence == 1:
-            rows.append(self._stock(model, inputs))
-        elif self.device.type == "cuda":
-            # Of cross-attention; self-attention is ours.
-            model.set_attention_backend(models.CUDNN)
+        inputs = self._inputs(model)
+        rows = self._rivals(model, inputs)
         session, replay = self._install(model)
-        if self.ranks.mesh.sequence > 1 or self.family.facts.joint:
-            rows.append(self._time("dense, ours", partial(self._forward, model, inputs, 0)))
         rows += self._sparse(model, inputs, session)
+        found = self._state(session, replay)
+        # Everything is compiled by now.
+        rows.append(self._time(OURS, partial(self._forward, model, inputs, 0), warmup=0, repeats=1))
+        if self.options.fp8:
+            quantize_linears(self.family.blocks(model), self.family.facts.heavy, session.ops)
+            self._free()
+            rows += self._sparse(model, inputs, session, FP8)
+            rows.append(self._time(OURS + FP8, partial(self._forward, model, inputs, 0), warmup=0, repeats=1))
+        return found | {"layers": len(self.family.attentions(model)), "weights_bytes": weights, "rows": rows}
+
+    def _state(self, session: Session, replay: Replay) -> dict[str, Any]:
+        """Returns what the sparse passes have left in the session."""
         memories = session.cache.memories
         densities = [round(float(memories[place].density.mean()), 4) for place in sorted(memories)]
         sizes = torch.cat([x.keys.sizes.flatten() for x in memories.values()]).double().cpu()
         return {
             "backend": session.ops.name,
             "windows": session.windows is not None,
-            "layers": len(self.family.attentions(model)),
-            "weights_bytes": weights,
             "state_bytes": tensor_bytes(list(memories.values())),
             "density": sum(densities) / len(densities),
             "density_of_layers": densities,
             "drawn_layers": len(replay.drawn),
             "key_cluster_sizes": [round(float(sizes.quantile(q))) for q in (0.0, 0.5, 1.0)],
-            "rows": rows,
         }
+
+    def _rivals(self, model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns the rows of dense passes that are not ours."""
+        if self.ranks.mesh.sequence == 1:
+            return [self._stock(model, inputs)]
+        if self.device.type == "cuda":
+            # Of cross-attention; self-attention is another's, or ours.
+            model.set_attention_backend(models.CUDNN)
+        if not self.options.usp:
+            return []
+        return [self._usp(model, inputs)]
+
+    def _usp(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the row of diffusers' blocks with xfuser's USP as their attention."""
+        session = Session(self.deployment.config.attention, select(self.options.backend, self.device), 0, self.ranks)
+        xdit.initialize(self.ranks)
+        shard_transformer(model, session, self.family.plan(model))
+        attentions = self.family.attentions(model)
+        before = [attention.processor for attention in attentions]
+        for attention in attentions:
+            attention.set_processor(UspProcessor(session))
+        name = f"dense, xfuser USP {xdit.dense_backend()}"
+        row = self._time(name, partial(self._forward, model, inputs, 0))
+        for attention, stock in zip(attentions, before, strict=True):
+            attention.set_processor(stock)
+        unshard_transformer(model, self.family.plan(model))
+        xdit.release()
+        return row
 
     def _stock(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Returns the row of diffusers' own dense pass by the fastest backend that takes it; a mask may keep it out."""
@@ -124,19 +161,19 @@ class _Video:
                     raise
         raise AssertionError("the last backend returns or raises")
 
-    def _sparse(self, model: Any, inputs: dict[str, Any], session: Session) -> list[dict[str, Any]]:
+    def _sparse(self, model: Any, inputs: dict[str, Any], session: Session, suffix: str = "") -> list[dict[str, Any]]:
         """Returns the rows of the first refresh, of later ones and of reuses."""
         # The maps are drawn in this pass, so it is not timed.
         self._forward(model, inputs, FIRST_SPARSE)
         session.reset()
-        first = self._time("first", partial(self._forward, model, inputs, FIRST_SPARSE), warmup=0, repeats=1)
+        first = self._time(f"first{suffix}", partial(self._forward, model, inputs, FIRST_SPARSE), warmup=0, repeats=1)
         timed: dict[str, list[tuple[float, dict[str, float], int]]] = {"reuse": [], "refresh": []}
         for i in range(2 * (self.options.repeats + 1)):
             # The odd steps reuse what the even ones have refreshed; the first two warm up.
             one = self._once(partial(self._forward, model, inputs, FIRST_SPARSE + 1 + i))
             if i >= 2:
                 timed[("reuse", "refresh")[i % 2]].append(one)
-        return [first, *(_row(name, timed[name]) for name in ("refresh", "reuse"))]
+        return [first, *(_row(name + suffix, timed[name]) for name in ("refresh", "reuse"))]
 
     def _install(self, model: Any) -> tuple[Session, Replay]:
         """Puts semvid's attention with replayed densities into the transformer."""
@@ -154,6 +191,7 @@ class _Video:
         )
         replay = Replay(ops, densities, self.ranks, self.options.seed)
         session = Session(attention, replay.ops(), self.options.seed, self.ranks)
+        fuse(self.family.blocks(model), ops)
         if self.ranks.mesh.sequence > 1:
             shard_transformer(model, session, self.family.plan(model))
             session.windows = open_windows(self.ranks, self.device)

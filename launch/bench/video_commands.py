@@ -40,6 +40,8 @@ def add_e2e(add_parser: AddParser) -> None:
     add("--repeats", type=int, metavar="N", default=2, help="timed passes of each kind (default: %(default)s)")
     text = f"what is measured, of {', '.join(PARTS)} (default: all)"
     add("--parts", nargs="+", metavar="PART", default=list(PARTS), help=text)
+    add("--fp8", action="store_true", help="time it with FP8 linear layers too")
+    add("--usp", action="store_true", help="time xfuser's dense USP too (pip install 'semvid[xdit]')")
     add("--backend", default="auto", help="whose ops (default: auto, the fastest here)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: gloo processes (default: %(default)s)")
     add("--seed", type=int, metavar="N", default=0, help="of weights and inputs (default: %(default)s)")
@@ -113,6 +115,8 @@ def _e2e(args: argparse.Namespace) -> int:
         density_scale=args.density_scale,
         repeats=args.repeats,
         parts=settings.words(args.parts),
+        fp8=args.fp8,
+        usp=args.usp,
         backend=args.backend,
         device=args.device,
         seed=args.seed,

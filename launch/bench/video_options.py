@@ -27,6 +27,10 @@ class E2eOptions:
     repeats: int = 2
     """Timed forward passes of each kind."""
     parts: tuple[str, ...] = PARTS
+    fp8: bool = False
+    """Also with the large linear layers in FP8."""
+    usp: bool = False
+    """Also xfuser's USP, where the sequence is shared."""
     backend: str = "auto"
     device: str = "cuda"
     seed: int = 0
@@ -57,6 +61,10 @@ def check_e2e(options: E2eOptions) -> None:
     _require(density is None or LEAST_DENSITY <= density <= 1, "--density", density, f"{LEAST_DENSITY} .. 1")
     _require(0 < options.density_scale <= 10, "--density-scale", options.density_scale, "more than 0, up to 10")
     _require(options.repeats >= 1, "--repeats", options.repeats, "1 or more")
+    joint = options.deployment.model.family.joint
+    _require(
+        not (options.usp and joint), "--usp", options.deployment.name, "a Wan model, whose attention masks nothing"
+    )
     for part in options.parts:
         _require(part in PARTS, "--parts", part, ", ".join(PARTS))
     if options.device == "cpu" and options.deployment.model.name != "toy":

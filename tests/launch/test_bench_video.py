@@ -21,14 +21,15 @@ def test_e2e_measures_every_kind_on_one_and_two_ranks(tmp_path: Path, capsys: py
     assert main(words) == 2
     assert "cfg=1,ring=1,ulysses=1" in capsys.readouterr().err
     assert not (tmp_path / "e2e.json").exists()
-    assert main([*TOY, "--gpus", "2", "--mesh", "ulysses=2", "--out", str(tmp_path / "two"), "--json"]) == 0
+    assert main([*TOY, "--gpus", "2", "--mesh", "ulysses=2", "--fp8", "--out", str(tmp_path / "two"), "--json"]) == 0
     two = json.loads(capsys.readouterr().out)["worlds"]["2"]
-    assert [row["name"] for row in two["rows"]] == ["dense, ours", "first", "refresh", "reuse"]
+    sparse = ["first", "refresh", "reuse", "dense, ours"]
+    assert [row["name"] for row in two["rows"]] == [*sparse, *(f"{name}, fp8" for name in sparse)]
     assert main([*TOY, "--gpus", "1", "--out", str(tmp_path / "one"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     one = report["worlds"]["1"]
     assert report == json.loads((tmp_path / "one" / "e2e.json").read_text())
-    assert [row["name"] for row in one["rows"]] == ["dense, diffusers native", "first", "refresh", "reuse"]
+    assert [row["name"] for row in one["rows"]] == ["dense, diffusers native", *sparse]
     for found in (one, two):
         assert found["drawn_layers"] == 2
         # 3 layers, of which the first is dense; the traces of layers 0 and 8 are nearest.
@@ -37,24 +38,27 @@ def test_e2e_measures_every_kind_on_one_and_two_ranks(tmp_path: Path, capsys: py
             assert row["seconds"] > 0
             if row["parts"]:
                 assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
-        assert found["video_seconds"].keys() == {"dense", "svg2"}
+    assert one["video_seconds"].keys() == {"dense", "svg2"}
+    assert two["video_seconds"].keys() == {"dense", "svg2", "svg2, fp8"}
     assert one["vae"]["seconds"] > 0
     assert [row["encoder"] for row in one["text"]] == ["umt5"]
 
 
 def test_a_video_is_computed_from_its_schedule() -> None:
-    rows = [
-        {"name": "dense, diffusers native", "seconds": 4.0},
-        {"name": "first", "seconds": 3.0},
-        {"name": "refresh", "seconds": 2.0},
-        {"name": "reuse", "seconds": 1.0},
-    ]
-    found = {"rows": rows, "mesh": "cfg=1,ring=1,ulysses=1", "vae": {"seconds": 5.0}, "text": []}
+    def rows(suffix: str, *seconds: float) -> list[dict[str, object]]:
+        names = (f"{name}{suffix}" for name in ("first", "refresh", "reuse", "dense, ours"))
+        return [{"name": name, "seconds": second} for name, second in zip(names, seconds, strict=True)]
+
+    ours = [*rows("", 3.0, 2.0, 1.0, 3.5), *rows(", fp8", 2.0, 1.0, 0.5, 3.0)]
+    stock = {"name": "dense, diffusers native", "seconds": 4.0}
+    found = {"rows": [stock, *ours], "mesh": "cfg=1,ring=1,ulysses=1", "vae": {"seconds": 5.0}, "text": []}
     report = {"steps": {"dense": 2, "first": 1, "refresh": 4, "reuse": 3}, "branches": 2, "preset": "x"}
-    made = e2e._video(found, report)
-    assert made["video_seconds"] == {"dense": 2 * 10 * 4.0 + 5, "x": 2 * (8 + 3 + 8 + 3) + 5}
-    made = e2e._video(found | {"mesh": "cfg=2,ring=1,ulysses=1"}, report)
-    assert made["video_seconds"]["x"] == 22 + 5
+    made = e2e._video(found, report)["video_seconds"]
+    plain, fp8 = 7 + 3 + 8 + 3, 6 + 2 + 4 + 1.5
+    assert made == {"dense": 2 * 10 * 4.0 + 5, "x": 2 * plain + 5, "x, fp8": 2 * fp8 + 5}
+    # Branches on two GPUs; without another's dense pass ours is the yardstick.
+    made = e2e._video(found | {"rows": ours, "mesh": "cfg=2,ring=1,ulysses=1"}, report)["video_seconds"]
+    assert made == {"dense": 10 * 3.5 + 5, "x": plain + 5, "x, fp8": fp8 + 5}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,7 @@ def test_a_video_is_computed_from_its_schedule() -> None:
         (["--layers", "1"], "--layers is 1; accepted: more than attention.dense_layers"),
         (["--layers", "4"], "--layers is 4; accepted: 1 .. 3"),
         (["--density", "0"], "--density is 0.0; accepted: 0.02 .. 1"),
+        (["--usp"], "--usp can't run here: "),
         (["--parts", "sound"], "--parts is 'sound'; accepted: transformer, vae, text"),
         (["--gpus", "x"], "--gpus is 'x'; accepted: whole numbers"),
         (["--config", "hunyuan-720p"], "--config is 'hunyuan-720p', which takes GPUs; accepted on a CPU: toy"),
