@@ -129,7 +129,7 @@ def check(config: Config, geometry: Geometry) -> None:
     check_size(config.video, geometry)
     check_options(config.video, geometry.family)
     if config.job.share_weights and config.model.linear == "fp8":
-        raise ValueError("job.share_weights is True with model.linear 'fp8', which is not shared; accepted: one of them")
+        raise ValueError("job.share_weights is True with model.linear 'fp8'; accepted: one of them")
     if config.attention.method == "clusters":
         check_tokens(config.attention, geometry.tokens(config.video))
 

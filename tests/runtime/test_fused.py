@@ -60,16 +60,23 @@ def block(request: pytest.FixtureRequest) -> tuple[Any, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_fused_block_is_diffusers_block(block: tuple[Any, tuple[Any, ...]], backend: str) -> None:
-    made, inputs = block
+def test_a_fused_block_is_diffusers_block(
+    block: tuple[Any, tuple[Any, ...]], backend: str, device: torch.device
+) -> None:
+    made, inputs = block[0].to(device), moved(block[1], device)
     expected = made(*inputs)
-    fuse([made], select(backend, torch.device("cpu")))
+    fuse([made], select(backend, device))
     assert "forward" in vars(made)
     torch.testing.assert_close(made(*inputs), expected, rtol=2e-5, atol=2e-5)
     unfuse([made])
     again = made(*inputs)
     for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (again, expected)), strict=True):
         assert torch.equal(one, other)
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Tensors in tuples, on a device."""
+    return inputs.to(device) if isinstance(inputs, torch.Tensor) else tuple(moved(x, device) for x in inputs)
 
 
 def test_in_bf16_it_errs_no_more_than_diffusers_block(block: tuple[Any, tuple[Any, ...]]) -> None:
