@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from semvid.launch import env
+from semvid.launch import cancel, env
 from semvid.launch.child import Child, Order, Sight
 from semvid.launch.gang import Where, meeting_place, orders_of, rank_order
 from semvid.launch.queue import Queue
 from semvid.launch.request import NoRoomError, Request
-from semvid.launch.supervise import cause_of, is_to_cancel, report_death, supervise
+from semvid.launch.supervise import cause_of, report_death, supervise
 from semvid.launch.watch import Watch
 from semvid.runtime.job import Job
 
@@ -169,7 +169,7 @@ def _reserved(job: Job, request: Request, room_s: float) -> Iterator[Any]:
     try:
         until = time.monotonic() + room_s
         while not group.wait(1):
-            if is_to_cancel(job.folder):
+            if cancel.is_wanted(job.folder):
                 raise KeyboardInterrupt
             if time.monotonic() > until:
                 raise NoRoomError(_no_room(request, kind, largest, room_s))
@@ -261,7 +261,7 @@ def _watch(job: Job, actors: Sequence[Any], told_to_stop: Callable[[], bool], ea
     while True:
         sights, lost = looks.take()
         each()
-        if is_to_cancel(job.folder):
+        if cancel.is_wanted(job.folder):
             raise KeyboardInterrupt
         if lost:
             report_death(job, lost[0], "its Ray actor or its host is lost", "recovering")

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from semvid.launch import env, request
+from semvid.launch import cancel, env, request
 from semvid.launch.request import Request
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "how they share it, such as cfg=2,ring=1,ulysses=2: branches of guidance, then the sequence (default: chosen)"
     )
     add("--mesh", metavar="AXES", help=text)
-    text = "who starts them: this command, torchrun, or Ray (default: ray for more than one GPU, else local)"
+    text = "who starts them: this command, torchrun, or Ray (default: ray for several GPUs or if RAY_ADDRESS is set)"
     add("--launcher", choices=NAMES, help=text)
     add("--nodes", type=int, metavar="N", help="with Ray: hosts, with equally many GPUs each (default: as few as do)")
     text = (
@@ -41,17 +41,16 @@ def chosen(args: argparse.Namespace) -> str:
     for_ray = [name for name in ("address", "nodes") if getattr(args, name) is not None]
     if for_ray and args.launcher not in (None, "ray"):
         raise ValueError(f"--{for_ray[0]} is for --launcher ray; --launcher is {args.launcher!r}")
-    return str(args.launcher or ("ray" if for_ray or args.gpus > 1 else "local"))
+    # RAY_ADDRESS is set in a job of `ray job submit`, whose own process may have no GPU.
+    return str(args.launcher or ("ray" if for_ray or args.gpus > 1 or env.ray_address() else "local"))
 
 
 def is_elsewhere(args: argparse.Namespace) -> bool:
     """Returns whether a command line means a cluster, whose GPUs can't be seen from here."""
-    ray = getattr(args, "launcher", None) == "ray" or getattr(args, "gpus", 1) > 1 or hasattr(args, "prompts")
-    return (
-        getattr(args, "address", None) is not None
-        or (ray and env.ray_address() is not None)
-        or hasattr(args, "prompts")
-    )
+    if not hasattr(args, "launcher"):
+        return False
+    named = args.address is not None or env.ray_address() is not None
+    return hasattr(args, "prompts") or (named and chosen(args) == "ray")
 
 
 def asked(args: argparse.Namespace, config: Config) -> Request:
@@ -96,10 +95,10 @@ def ray_here(job: Job, wanted: Request, as_json: bool) -> int:
     from semvid.launch import cluster, lease
     from semvid.launch.follow import Follower
     from semvid.launch.report import Bar
-    from semvid.launch.supervise import forget_cancel, supervise
+    from semvid.launch.supervise import supervise
 
     with lease.hold(job.folder), contextlib.ExitStack() as stack:
-        forget_cancel(job.folder)
+        cancel.forget(job.folder)
         job.log("begin", launcher="ray", gpus=wanted.gpus)
         stack.enter_context(cluster.connected(None, max(wanted.gpus, env.usable_cores())))
         told = stack.enter_context(env.told_to_stop())

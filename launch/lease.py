@@ -10,12 +10,15 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from semvid.launch import env
 
 NAME = ".lease.json"
 BEAT_S = 2.0
@@ -41,13 +44,13 @@ class HeldError(ValueError):
 
 
 @contextlib.contextmanager
-def hold(folder: Path, lost: Callable[[], None] = lambda: None) -> Iterator[None]:
+def hold(folder: Path, lost: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds the lease of a job folder inside.
 
     Args:
         folder: the job's.
         lost: called from a thread if another process has taken the lease meanwhile, as it may where this one stood
-            still for longer than LEASE_S.
+            still for longer than LEASE_S. By default this process ends at once, and its ranks with it.
 
     Raises:
         HeldError: another process holds it.
@@ -55,7 +58,7 @@ def hold(folder: Path, lost: Callable[[], None] = lambda: None) -> Iterator[None
     """
     own = _claim(folder)
     over = threading.Event()
-    thread = threading.Thread(target=_keep, args=(folder / NAME, own, over, lost), daemon=True)
+    thread = threading.Thread(target=_keep, args=(folder / NAME, own, over, lost or _yield), daemon=True)
     thread.start()
     try:
         yield
@@ -122,6 +125,11 @@ def _keep(path: Path, own: Owner, over: threading.Event, lost: Callable[[], None
                 os.pwrite(handle, f"{own.beat:0{_WIDTH}d}".encode(), place)
             finally:
                 os.close(handle)
+
+
+def _yield() -> None:
+    print("semvid: another process has taken over the job: this one stood still for too long", file=sys.stderr)
+    env.end(1)
 
 
 def _drop(path: Path, own: Owner) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 from tqdm import tqdm
 
-from semvid.launch import env, lease, worker
-from semvid.launch.supervise import cause_of, forget_cancel, is_to_cancel, report_death, supervise
+from semvid.launch import cancel, env, lease, worker
+from semvid.launch.supervise import cause_of, report_death, supervise
 from semvid.launch.watch import Watch
 from semvid.runtime.job import Job
 from semvid.runtime.pulse import BOARD_BYTES, read_board
@@ -61,7 +61,7 @@ def recover(job: Job, world_size: int, target: Target, *args: Any) -> int:
         return _live(job, world_size, target, args, boards)
 
     with lease.hold(job.folder):
-        forget_cancel(job.folder)
+        cancel.forget(job.folder)
         job.log("begin", launcher="local")
         return supervise(job, live)
 
@@ -80,7 +80,7 @@ class _Patrol:
         Raises:
             KeyboardInterrupt: somebody has cancelled it.
         """
-        if is_to_cancel(self.job.folder):
+        if cancel.is_wanted(self.job.folder):
             raise KeyboardInterrupt
         return self.watch.look({rank: read_board(self.boards, rank) for rank in running})
 

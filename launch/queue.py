@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from semvid.launch import lease, request
+from semvid.launch import cancel, lease, request
 from semvid.launch.follow import found
 from semvid.launch.request import NoRoomError, Request
-from semvid.launch.supervise import forget_cancel, is_to_cancel, verdict
+from semvid.launch.supervise import verdict
 from semvid.runtime import job as jobs
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
@@ -47,7 +47,7 @@ def submit(root: Path, configs: Sequence[Config], wanted: Request) -> list[Job]:
 def submit_again(job: Job, wanted: Request) -> None:
     """Puts a job that has ended, or a new one, at the end of the queue of its folder."""
     with _numbers(job.folder.parent) as number:
-        forget_cancel(job.folder)
+        cancel.forget(job.folder)
         put(job, dataclasses.replace(wanted, number=number))
 
 
@@ -97,7 +97,7 @@ class Queue:
         blocked: set[bool] = set()
         for job, asked in self.waiting():
             since = self.waiting_since.setdefault(job.folder, time.monotonic())
-            if is_to_cancel(job.folder) or (asked.on_gpu not in blocked and self._fits(asked)):
+            if cancel.is_wanted(job.folder) or (asked.on_gpu not in blocked and self._fits(asked)):
                 self._start(job, asked)
             elif time.monotonic() - since > PATIENCE_S and asked.gpus <= self.total(asked.on_gpu):
                 # Else a large one would starve behind small ones.
@@ -140,9 +140,9 @@ class Queue:
         if job.state not in ("queued", "running", "recovering"):
             # It ended between the look and the lease.
             return
-        if is_to_cancel(job.folder):
+        if cancel.is_wanted(job.folder):
             job.stop("cancelled", step=job.step)
-            forget_cancel(job.folder)
+            cancel.forget(job.folder)
             return
         if job.state == "running":
             job.stop("recovering", step=job.step, reason="the process that supervised it is gone")
@@ -155,7 +155,7 @@ class Queue:
         except NoRoomError as error:
             job.log("wait", state="queued", reason=str(error))
         except KeyboardInterrupt:
-            forget_cancel(job.folder)
+            cancel.forget(job.folder)
         except Exception as error:  # noqa: BLE001 - one job's defect must not end the others
             traceback.print_exc()
             job.log("stop", state="failed", step=job.step, reason=f"{type(error).__name__}: {error}")

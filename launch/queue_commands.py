@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from semvid.launch import env, follow, launchers, lease
+from semvid.launch import cancel, env, follow, launchers, lease
 from semvid.launch.request import Request
-from semvid.launch.supervise import ask_to_cancel, forget_cancel
 from semvid.runtime import job as jobs
 from semvid.runtime.config import Config
 from semvid.runtime.job import ENDS, Job
@@ -41,10 +40,10 @@ def add(commands: Any, add_job_options: Callable[[Any], None], make: Maker) -> N
     logs.add_argument("--rank", type=int, metavar="N", default=0, help="whose (default: %(default)s)")
     _add_root(logs)
     logs.set_defaults(run=_logs, parser=logs)
-    cancel = _command(commands, "cancel", "end a job that waits or runs")
-    cancel.add_argument("id", metavar="ID", help="as `semvid jobs` lists it")
-    _add_root(cancel)
-    cancel.set_defaults(run=_cancel, parser=cancel)
+    ending = _command(commands, "cancel", "end a job that waits or runs")
+    ending.add_argument("id", metavar="ID", help="as `semvid jobs` lists it")
+    _add_root(ending)
+    ending.set_defaults(run=_cancel, parser=ending)
 
 
 def run(job: Job, wanted: Request, address: str, as_json: bool) -> int:
@@ -61,7 +60,7 @@ def run(job: Job, wanted: Request, address: str, as_json: bool) -> int:
         try:
             _wait(job, follower)
         except KeyboardInterrupt:
-            ask_to_cancel(job.folder)
+            cancel.ask(job.folder)
             _wait(job, follower)
             raise
     codes = {"done": 0, "interrupted": env.STOPPED, "cancelled": 130}
@@ -162,9 +161,9 @@ def _cancel(args: argparse.Namespace) -> int:
     try:
         with lease.hold(job.folder):
             job.stop("cancelled", step=job.step)
-            forget_cancel(job.folder)
+            cancel.forget(job.folder)
     except lease.HeldError:
-        ask_to_cancel(job.folder)
+        cancel.ask(job.folder)
     print(f"{args.id}: {'cancelled' if job.state == 'cancelled' else 'asked to end'}", file=sys.stderr)
     return 0
 

@@ -6,7 +6,6 @@ How often it has failed is read from the job's own events, so that it survives w
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from semvid.launch.worker import end_bar
@@ -15,7 +14,6 @@ from semvid.runtime.job import Job
 PROGRAM = "semvid"
 WITHOUT_CHECKPOINT = 10
 """Deaths at any steps between two checkpoints: a job that never comes as far as the next one has failed too."""
-CANCEL = ".cancel"
 
 
 def supervise(job: Job, live: Callable[[], int], say: Callable[[str], None] | None = None) -> int:
@@ -83,18 +81,3 @@ def report_death(job: Job, rank: int, reason: str, ends_as: str) -> None:
     if job.stop(ends_as, step=job.step, rank=rank, reason=reason):
         end_bar(running)
         print(f"{PROGRAM}: rank {rank}: {reason}", file=sys.stderr)
-
-
-def ask_to_cancel(folder: Path) -> None:
-    """Asks whoever runs the job of a folder to end it."""
-    (folder / CANCEL).touch()
-
-
-def is_to_cancel(folder: Path) -> bool:
-    """Returns whether somebody has asked for the end of the job of a folder."""
-    return (folder / CANCEL).exists()
-
-
-def forget_cancel(folder: Path) -> None:
-    """Takes the wish back."""
-    (folder / CANCEL).unlink(missing_ok=True)

@@ -5,11 +5,11 @@ import sys
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semvid.launch import env, lease, watch
+from semvid.launch import cancel, env, lease, watch
 from semvid.parallel import mesh as meshes
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import job as jobs
@@ -69,8 +69,9 @@ def alone(folder: Path, as_json: bool) -> int:
         ValueError: as `run`, or somebody runs it.
         StoppedError: likewise.
     """
-    with env.told_to_stop() as told, lease.hold(folder):
-        return report(folder, as_json, told_to_stop=told, pulse=env.watched(folder, 0))
+    with env.told_to_stop() as told, _held(jobs.load(folder)):
+        wanted = _or_cancelled(folder, told)
+        return report(folder, as_json, told_to_stop=wanted, pulse=env.watched(folder, 0))
 
 
 def report(
@@ -119,11 +120,30 @@ def take_part(folder: Path, mesh: str | None, as_json: bool, pulse: Pulse | None
         told = stack.enter_context(env.told_to_stop())
         if pulse is None:
             if place.rank == 0:
-                stack.enter_context(lease.hold(folder))
+                stack.enter_context(_held(job))
+                told = _or_cancelled(folder, told)
             pulse = env.watched(folder, place.rank)
             stack.enter_context(watch.by_itself(pulse, job))
         pulse.beat("start")
         return _join(job, place, mesh, as_json, told, pulse)
+
+
+@contextlib.contextmanager
+def _held(job: Job) -> Iterator[None]:
+    """Holds a job that nobody supervises; one that stops inside because it was cancelled says so."""
+    with lease.hold(job.folder):
+        cancel.forget(job.folder)
+        try:
+            yield
+        except StoppedError:
+            if cancel.is_wanted(job.folder):
+                job.log("stop", state="cancelled", step=job.step)
+                cancel.forget(job.folder)
+            raise
+
+
+def _or_cancelled(folder: Path, told_to_stop: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: told_to_stop() or cancel.is_wanted(folder)
 
 
 def _join(

@@ -42,15 +42,11 @@ def words(model: Path, folder: Path, *more: str, every: int = 1) -> list[str]:
     return ["run", "a red ball", *size, "--gpus", "2", "--mesh", MESH, "--out", str(folder), "--json", *more]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_a_rank() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread_a_rank")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(one_thread_a_rank: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The hash of the video of `words` where nothing goes wrong."""
     folder = tmp_path_factory.mktemp("whole") / "job"
     assert cli.main(words(tiny_model, folder, "--launcher", "local")) == 0
