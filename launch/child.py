@@ -105,5 +105,5 @@ def _environment(order: Order, board: int) -> Mapping[str, str]:
     if order.gpus:
         given["CUDA_VISIBLE_DEVICES"] = ",".join(order.gpus)
     if order.loopback:
-        given |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        given = {**env.LOOPBACK, **env.inherited(), **given}
     return {**env.inherited(), **given}

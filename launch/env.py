@@ -23,6 +23,8 @@ from semvid.runtime.pulse import Fault, Pulse
 
 PACKAGES = ("semvid", "torch", "triton", "diffusers", "transformers", "av")
 PR_SET_PDEATHSIG = 1
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Where all ranks are on one machine they need not be reached by others."""
 STOPPED = 128 + signal.SIGTERM
 BOARD = "SEMVID_BOARD"
 """The number of an open file: the board of a rank that is watched."""
@@ -86,6 +88,8 @@ def seat() -> Seat:
 def take_seat(place: Seat, port: int) -> None:
     """Sets torchrun's variables for a process of this machine, so that `seat` and torch find them."""
     os.environ.update(rank_variables(place, "127.0.0.1", port))
+    for name, value in LOOPBACK.items():
+        os.environ.setdefault(name, value)
 
 
 def rank_variables(place: Seat, host: str, port: int) -> dict[str, str]:
@@ -168,6 +172,12 @@ def threads() -> int | None:
     """Returns how many threads the user has set for a process; None: they follow from the cores."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdecimal() else None
+
+
+def meeting() -> tuple[str, int, bool]:
+    """Returns where the ranks meet: host, port, and whether torchrun has a store there that it keeps over restarts."""
+    elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), elastic
 
 
 def hush() -> None:

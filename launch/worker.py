@@ -163,7 +163,8 @@ def _join(
 
     device = _own_device(job.config.model.device, place.local_rank)
     # Longer than the watch needs to find a rank that hangs: it says which.
-    ranks.join(device, seconds=max(600.0, 2 * job.config.job.hang_seconds))
+    seconds = max(600.0, 2 * job.config.job.hang_seconds)
+    ranks.join(device, meeting=ranks.Meeting(place.rank, place.world_size, *env.meeting()), seconds=seconds)
     chosen = resolve_mesh(mesh, place.world_size, guided=guided, hosts=ranks.hosts())
     code = report(job.folder, as_json, ranks.connect(chosen), told_to_stop, pulse)
     # Not after an error: the others may be in the middle of a collective, and leaving can wait for them.

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,75 +30,62 @@ CASES = [
     for rank in ((0,) if point in ("decode", "write") else (0, 1))
 ]
 STEPS = {"cluster": 3, "all-reduce": 3, "exchange": 3, "step": 4, "checkpoint": 4}
-LAUNCHERS = ("local", "ray")
 JOBS = 20
 KILL_EVERY_S = (8.0, 20.0)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread_a_rank")]
 
 
-@pytest.fixture(scope="module")
-def results() -> Iterator[dict[str, Any]]:
-    """What is kept: written to SEMVID_RESULTS at the end, if that is set."""
-    found: dict[str, Any] = {**env.surroundings("cpu"), "mesh": MESH, "model": "a random three-layer Wan transformer"}
-    yield found
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Adds what a test has seen to the file that SEMVID_RESULTS names, if it is set."""
     if "SEMVID_RESULTS" in os.environ:
         path = Path(os.environ["SEMVID_RESULTS"])
         before = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**before, **found}, indent=1) + "\n")
+        about = {**env.surroundings("cpu"), "mesh": MESH, "model": "a random three-layer Wan transformer"}
+        path.write_text(json.dumps({**about, **before, name: found}, indent=1) + "\n")
 
 
 @pytest.mark.timeout(7200)
-def test_every_fault_of_every_rank_under_every_launcher_leaves_the_same_video(
+@pytest.mark.parametrize("launcher", ["ray", "local"])
+def test_every_fault_of_every_rank_leaves_the_same_video(
+    launcher: str,
     head: Any,  # noqa: F811
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    results: dict[str, Any],
 ) -> None:
     (tmp_path / "short.toml").write_text("[job]\nhang_seconds = 6.0\nstart_seconds = 25.0\n")
-    words = [*options(tiny_model), "--config", str(tmp_path / "short.toml")]
-    assert (
-        cli.main(["run", "a red ball", *words, *shared("--launcher", "local", "--out", str(tmp_path / "whole"))]) == 0
-    )
+    words = ["run", "a red ball", *options(tiny_model), "--config", str(tmp_path / "short.toml")]
+    local = shared("--launcher", "local")
+    assert cli.main([*words, *local, "--out", str(tmp_path / "whole")]) == 0
     whole, rows = sha256(jobs.load(tmp_path / "whole")), []
     with cluster.connected(head.address, 0):
-        for launcher in LAUNCHERS:
-            for action, point, rank in CASES:
-                step = f":step={STEPS[point]}" if point in STEPS else ""
-                fault = f"{action}:point={point}:rank={rank}{step}"
-                folder = tmp_path / f"{launcher}-{action}-{point}-{rank}"
-                begin = time.monotonic()
-                if launcher == "local":
-                    monkeypatch.setenv(env.FAULT, fault)
-                    args = ["run", "a red ball", *words, *shared("--launcher", "local", "--out", str(folder))]
-                    assert cli.main(args) == 0
-                    monkeypatch.delenv(env.FAULT)
-                else:
-                    asked = Request(gpus=2, mesh=MESH, on_gpu=False, threads=1, faults=fault)
-                    job = jobs.create(folder, jobs.load(tmp_path / "whole").config)
-                    assert supervise(job, lambda job=job, asked=asked: cluster.live(job, asked)) == 0
-                    assert left_behind(folder) == []
-                rows.append(_row(jobs.load(folder), launcher, action, point, rank, time.monotonic() - begin))
-                assert rows[-1]["deaths"] == 1, fault
-                assert sha256(jobs.load(folder)) == whole, fault
-    results["matrix"] = {
-        "cases": len(rows),
-        "equal_videos": len(rows),
-        "checkpoint_every_steps": 1,
-        "hang_seconds": 6,
-        "start_seconds": 25,
-        "rows": rows,
-    }
+        for action, point, rank in CASES:
+            step = f":step={STEPS[point]}" if point in STEPS else ""
+            fault = f"{action}:point={point}:rank={rank}{step}"
+            folder = tmp_path / f"{action}-{point}-{rank}"
+            begin = time.monotonic()
+            if launcher == "local":
+                monkeypatch.setenv(env.FAULT, fault)
+                assert cli.main([*words, *local, "--out", str(folder)]) == 0
+            else:
+                asked = Request(gpus=2, mesh=MESH, on_gpu=False, threads=1, faults=fault)
+                job = jobs.create(folder, jobs.load(tmp_path / "whole").config)
+                assert supervise(job, lambda job=job, asked=asked: cluster.live(job, asked)) == 0
+                assert left_behind(folder) == []
+            rows.append(_row(jobs.load(folder), action, point, rank, time.monotonic() - begin))
+            assert rows[-1]["deaths"] == 1, fault
+            assert sha256(jobs.load(folder)) == whole, fault
+    limits = {"checkpoint_every_steps": 1, "hang_seconds": 6, "start_seconds": 25}
+    keep(f"matrix_{launcher}", {"cases": len(rows), "videos_equal": len(rows), **limits, "rows": rows})
 
 
-def _row(job: Job, launcher: str, action: str, point: str, rank: int, seconds: float) -> dict[str, Any]:
+def _row(job: Job, action: str, point: str, rank: int, seconds: float) -> dict[str, Any]:
     events = list(job.events())
     deaths = [e for e in events if e["event"] == "stop" and e["state"] == "recovering"]
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     lost = deaths[0]["step"] - (resumed[0] if resumed else 0) if deaths else 0
     return {
-        "launcher": launcher,
         "fault": f"{action} at {point}",
         "rank": rank,
         "deaths": len(deaths),
@@ -114,7 +100,6 @@ def test_twenty_queued_jobs_survive_random_kills_and_each_equals_its_undisturbed
     head: Any,  # noqa: F811
     tiny_model: Path,
     tmp_path: Path,
-    results: dict[str, Any],
 ) -> None:
     video = {"height": 64, "width": 96, "frames": 9, "steps": 6, "guidance": 3.0}
     model = {"path": str(tiny_model), "dtype": "fp32", "device": "cpu"}
@@ -166,7 +151,7 @@ def test_twenty_queued_jobs_survive_random_kills_and_each_equals_its_undisturbed
     # None doubled: each has ended once.
     assert [sum(e["event"] == "stop" and e["state"] == "done" for e in one.events()) for one in made] == [1] * JOBS
     assert len(follow.found(tmp_path / "soak")) == JOBS
-    results["soak"] = {
+    found = {
         "jobs": JOBS,
         "gpus_a_job": 2,
         "cpu_workers": 4,
@@ -176,6 +161,7 @@ def test_twenty_queued_jobs_survive_random_kills_and_each_equals_its_undisturbed
         "equal_to_their_undisturbed_twins": JOBS,
         "seconds": round(seconds, 1),
     }
+    keep("soak", found)
 
 
 def _finish(root: Path, each: Any) -> None:
