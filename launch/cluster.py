@@ -20,7 +20,7 @@ from semvid.launch.child import Child, Order, Sight
 from semvid.launch.gang import Where, meeting_place, orders_of, rank_order
 from semvid.launch.queue import Queue
 from semvid.launch.request import NoRoomError, Request
-from semvid.launch.supervise import cause_of, report_death, supervise
+from semvid.launch.supervise import cause_of, note_death, supervise
 from semvid.launch.watch import Watch
 from semvid.runtime.job import Job
 
@@ -101,7 +101,7 @@ def live(
         with _reserved(job, request, room_s) as group, _seated(group, request) as actors:
             places = _places(actors)
             if places is None:
-                report_death(job, 0, f"Ray has not started its actors within {START_S:g} s", "recovering")
+                note_death(job, 0, f"Ray has not started its actors within {START_S:g} s")
                 return 1
             order = rank_order(places)
             ranks = [actors[number] for number in order]
@@ -264,7 +264,7 @@ def _watch(job: Job, actors: Sequence[Any], told_to_stop: Callable[[], bool], ea
         if cancel.is_wanted(job.folder):
             raise KeyboardInterrupt
         if lost:
-            report_death(job, lost[0], "its Ray actor or its host is lost", "recovering")
+            note_death(job, lost[0], "its Ray actor or its host is lost")
             return 1
         codes = [(rank, sight.code) for rank, sight in enumerate(sights) if sight.code]
         if codes:
@@ -277,7 +277,7 @@ def _watch(job: Job, actors: Sequence[Any], told_to_stop: Callable[[], bool], ea
                 actor.tell_to_stop.remote()
         hung = watch.look({rank: sight.board for rank, sight in enumerate(sights) if sight.code is None})
         if hung is not None:
-            report_death(job, *hung, "recovering")
+            note_death(job, *hung)
             return 1
         time.sleep(POLL_S)
 
@@ -296,7 +296,7 @@ def _after_failure(job: Job, looks: "_Looks", codes: Sequence[tuple[int, int]], 
         return env.STOPPED
     if code == 2 and job.state == "failed":
         return 2
-    report_death(job, rank, cause_of(code), "recovering")
+    note_death(job, rank, cause_of(code))
     return max(1, code)
 
 

@@ -46,6 +46,9 @@ class Follower:
             self.say(f"goes on after step {self.step} of {steps}")
         elif kind == "damaged":
             self.say(f"checkpoint {event['checkpoint']} is damaged and passed over: {event['reason']}")
+        elif kind == "stop" and event.get("state") == "recovering":
+            rank = "" if event.get("rank") is None else f"rank {event['rank']}: "
+            self.say(f"{rank}{event.get('reason', 'it died')}")
         elif kind in ("step", "phase"):
             phase, seconds = event.get("phase", "denoise"), event.get("seconds", 0.0)
             self.show(SimpleNamespace(phase=phase, step=self.step, steps=steps, seconds=seconds))
