@@ -100,8 +100,8 @@ def live(
     try:
         with _reserved(job, request, room_s) as group, _seated(group, request) as actors:
             places = _places(actors)
-            if places is None:
-                note_death(job, 0, f"Ray has not started its actors within {START_S:g} s")
+            if isinstance(places, str):
+                note_death(job, 0, places)
                 return 1
             order = rank_order(places)
             ranks = [actors[number] for number in order]
@@ -229,19 +229,24 @@ def _seated(group: Any, request: Request) -> Iterator[list[Any]]:
             actors.append(remote.options(scheduling_strategy=strategy, max_restarts=0, **need).remote())
         yield actors
     finally:
-        ray.wait([actor.end.remote() for actor in actors], num_returns=len(actors), timeout=END_S)
+        ends = [actor.end.remote() for actor in actors]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=END_S)
         for actor in actors:
             ray.kill(actor, no_restart=True)
 
 
-def _places(actors: Sequence[Any]) -> list[Where] | None:
-    """Returns where each actor is, None if they have not all started in time."""
+def _places(actors: Sequence[Any]) -> list[Where] | str:
+    """Returns where each actor is, or why they have not all started."""
     import ray
 
     try:
         found: list[Where] = ray.get([actor.where.remote() for actor in actors], timeout=START_S)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return None
+    except ray.exceptions.GetTimeoutError:
+        return f"Ray has not started its actors within {START_S:g} s"
+    except ray.exceptions.RayError as error:
+        # Such as a host without semvid: the cause is the last line.
+        return f"Ray could not start its actors: {str(error).strip().splitlines()[-1].strip()}"
     return found
 
 
