@@ -28,6 +28,9 @@ def supervise(job: Job, live: Callable[[], int], say: Callable[[str], None] | No
     say = say or (lambda line: print(f"{PROGRAM}: {line}", file=sys.stderr))
     while True:
         code = live()
+        if job.state == "done":
+            # Who died after that is not missed.
+            return 0
         if job.state != "recovering":
             return code
         cause = verdict(job)

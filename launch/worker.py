@@ -59,7 +59,16 @@ def run(
     if ranks is not None and ranks.rank > 0:
         return job, generate(job, pipeline=pipeline, ranks=ranks, told_to_stop=told_to_stop, pulse=pulse)
     with Bar(label) as bar:
-        return job, generate(job, bar, pipeline, ranks, say=bar.say, told_to_stop=told_to_stop, pulse=pulse)
+        return job, generate(
+            job,
+            bar,
+            pipeline,
+            ranks,
+            say=bar.say,
+            told_to_stop=told_to_stop,
+            pulse=pulse,
+            keep=lambda result: _keep(job, result),
+        )
 
 
 def alone(folder: Path, as_json: bool) -> int:
@@ -92,9 +101,15 @@ def report(
         return 0
     from semvid.launch import report as reports
 
-    reports.keep(job, reports.as_json(job, result, env.surroundings(result.device)))
     reports.tell(job, as_json)
     return 0
+
+
+def _keep(job: Job, result: Any) -> None:
+    """Writes the report of a job that is about to be done."""
+    from semvid.launch import report as reports
+
+    reports.keep(job, reports.as_json(job, result, env.surroundings(result.device)))
 
 
 def take_part(folder: Path, mesh: str | None, as_json: bool, pulse: Pulse | None = None) -> int:

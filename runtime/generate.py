@@ -77,6 +77,7 @@ def generate(
     say: Callable[[str], None] = lambda _: None,
     told_to_stop: Callable[[], bool] = lambda: False,
     pulse: Pulse | None = None,
+    keep: Callable[[Result], None] = lambda _: None,
 ) -> Result | None:
     """Runs `job`, writes its events, video and contact sheet, and returns what it made; None on a rank other than 0.
 
@@ -92,6 +93,7 @@ def generate(
         say: given lines that a person should read: where the job goes on, which checkpoint is damaged.
         told_to_stop: asked after each step; where one rank says so, all end with a checkpoint.
         pulse: counts what this rank passes, for whoever watches it.
+        keep: given the result before the job counts as done.
 
     Raises:
         ValueError: the configuration does not fit the model, or a checkpoint is of another configuration or model.
@@ -112,6 +114,7 @@ def generate(
             _log_stop(run, error)
         raise
     if result is not None:
+        keep(result)
         job.stop("done", frames_sha256=result.frames_sha256, phase_seconds=result.phase_seconds)
     return result
 

@@ -15,9 +15,9 @@ from typing import Any
 from semvid.runtime.config import Config, resolved, to_toml
 
 DEFAULT_ROOT = Path("semvid-jobs")
-STOPPED = ("failed", "cancelled", "interrupted", "recovering")
 ENDS = ("done", "failed", "cancelled", "interrupted")
 """What a job stays in until somebody does something."""
+STOPPED = (*ENDS, "recovering")
 
 
 class StoppedError(Exception):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from semvid.launch.supervise import WITHOUT_CHECKPOINT, supervise
+from semvid.launch.supervise import WITHOUT_CHECKPOINT, note_death, supervise
 from semvid.runtime import job as jobs
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
@@ -42,6 +42,17 @@ def test_deaths_are_counted_by_step(job: Job) -> None:
     job.log("begin")
     assert supervise(job, dies(job, [1, 3, 1, 1]), said.append) == 1
     assert (job.state, said[-1]) == ("failed", "failed 3 times at step 1; last: gone")
+
+
+def test_a_death_after_the_end_is_none(job: Job) -> None:
+    def live() -> int:
+        job.log("start", state="running")
+        assert job.stop("done")
+        assert not note_death(job, 0, "killed")
+        return 9
+
+    assert supervise(job, live) == 0
+    assert (job.state, len(list(job.events()))) == ("done", 2)
 
 
 def test_a_job_that_never_reaches_its_next_checkpoint_fails_too(job: Job) -> None:
