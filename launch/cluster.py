@@ -6,6 +6,7 @@ goes to the job folder, which lies on a file system that all hosts share.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -49,6 +50,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
 
     Raises:
         ValueError: there is no cluster at the address.
+        OSError: none could be started.
     """
     env.prepare_ray(loopback=address is None or address.startswith(("127.0.0.1:", "localhost:")))
     import ray
@@ -60,6 +62,8 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
         ray.init(address or "local", **options)
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
+        if address is None:
+            raise OSError(errno.EAGAIN, f"no Ray could be started on this machine: {reason}") from error
         raise ValueError(f"--address is {address!r}, where no Ray cluster answers: {reason}") from None
     try:
         yield
@@ -97,6 +101,8 @@ def live(
         NoRoomError: they did not come free; the message says what there is.
         KeyboardInterrupt: passed on; the job's state is then "cancelled".
     """
+    import ray
+
     try:
         with _reserved(job, request, room_s) as group, _seated(group, request) as actors:
             places = _places(actors)
@@ -107,6 +113,10 @@ def live(
             ranks = [actors[number] for number in order]
             _start(job, request, ranks, [places[number] for number in order])
             return _watch(job, ranks, told_to_stop, each)
+    except ray.exceptions.RayError as error:
+        # An actor that was lost between two looks.
+        note_death(job, 0, f"Ray: {_last_line(error)}")
+        return 1
     except KeyboardInterrupt:
         job.sweep()
         job.stop("cancelled", step=job.step)
@@ -246,8 +256,12 @@ def _places(actors: Sequence[Any]) -> list[Where] | str:
         return f"Ray has not started its actors within {START_S:g} s"
     except ray.exceptions.RayError as error:
         # Such as a host without semvid: the cause is the last line.
-        return f"Ray could not start its actors: {str(error).strip().splitlines()[-1].strip()}"
+        return f"Ray could not start its actors: {_last_line(error)}"
     return found
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _start(job: Job, request: Request, actors: Sequence[Any], places: Sequence[Where]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -36,8 +37,9 @@ def chosen(args: argparse.Namespace) -> str:
     """Returns the launcher of a command line.
 
     Raises:
-        ValueError: options that only Ray takes are given with another launcher.
+        ValueError: options that only Ray takes are given with another launcher, or SEMVID_FAULT is none.
     """
+    env.fault_text()
     for_ray = [name for name in ("address", "nodes") if getattr(args, name) is not None]
     if for_ray and args.launcher not in (None, "ray"):
         raise ValueError(f"--{for_ray[0]} is for --launcher ray; --launcher is {args.launcher!r}")
@@ -96,7 +98,9 @@ def ray_here(job: Job, wanted: Request, as_json: bool) -> int:
     from semvid.launch.follow import Follower
     from semvid.launch.report import Bar
     from semvid.launch.supervise import supervise
+    from semvid.runtime.session import resolve_device
 
+    wanted = dataclasses.replace(wanted, on_gpu=resolve_device(job.config.model.device).type == "cuda")
     with lease.hold(job.folder), contextlib.ExitStack() as stack:
         cancel.forget(job.folder)
         job.log("begin", launcher="ray", gpus=wanted.gpus)

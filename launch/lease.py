@@ -115,7 +115,7 @@ def _keep(path: Path, own: Owner, over: threading.Event, lost: Callable[[], None
     place = _text(own).encode().rindex(b'"') - _WIDTH
     while not over.wait(BEAT_S):
         now = _read(path)
-        if now is not None and now.token != own.token:
+        if now is not None and now.token not in ("", own.token):
             lost()
             return
         own = own._replace(beat=own.beat + 1)
