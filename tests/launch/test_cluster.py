@@ -157,6 +157,30 @@ def test_two_gpus_mean_ray_which_is_started_recovers_a_dead_rank_and_is_gone_aft
     assert processes(str(folder)) == []
 
 
+ENDS = [(signal.SIGINT, 130, "cancelled"), (signal.SIGTERM, 143, "interrupted")]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("end", "code", "state"), ENDS, ids=["ctrl-c", "sigterm"])
+def test_the_command_can_be_ended_and_leaves_nothing_behind(
+    end: signal.Signals, code: int, state: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "job"
+    args = ["run", "a red ball", *options(tiny_model, every=1000), "--steps", "4000", *shared("--out", str(folder))]
+    words = [sys.executable, "-m", "semvid.launch.cli", *args]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | PATH, start_new_session=True)
+    wait_until(lambda: (folder / "events.jsonl").exists() or process.poll() is not None, "it has begun")
+    job = jobs.load(folder)
+    wait_until(lambda: job.step > 0 or process.poll() is not None, "it runs")
+    # A terminal's Ctrl-C is for all processes.
+    (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
+    err = process.communicate(timeout=60)[1]
+    assert (process.returncode, job.state) == (code, state), err
+    assert "Traceback" not in err
+    assert (folder / "checkpoint" / f"step-{job.step:06d}").is_dir() == (state == "interrupted")
+    wait_until(lambda: not processes(str(folder)), "its processes are gone", 10)
+
+
 @pytest.mark.timeout(400)
 def test_a_job_survives_the_death_of_every_kind_of_process(
     head: Any, undisturbed: str, tiny_model: Path, tmp_path: Path
