@@ -21,7 +21,7 @@ from semvid.runtime import pulse
 from semvid.runtime.job import StoppedError
 from semvid.runtime.pulse import Fault, Pulse
 
-PACKAGES = ("semvid", "torch", "triton", "diffusers", "transformers", "av")
+PACKAGES = ("semvid", "torch", "triton", "diffusers", "transformers", "ray", "av")
 PR_SET_PDEATHSIG = 1
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Where all ranks are on one machine they need not be reached by others."""
