@@ -1,4 +1,7 @@
-"""The command line: `semvid run | resume | compare | schedule | bench | doctor`. What is wrong is said in one line."""
+"""The command line: `semvid run | resume | submit | jobs | logs | cancel | compare | schedule | bench | doctor`.
+
+What is wrong is said first, in one line.
+"""
 
 import argparse
 import difflib
@@ -9,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semvid.launch import env, schedule
+from semvid.launch import env, launchers, queue_commands, schedule
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
 from semvid.launch.bench import quality_command
@@ -60,6 +63,7 @@ def _command(argv: Sequence[str] | None) -> int:
     if command is None:
         chosen.print_help()
         return 2
+    args.threads = env.threads()
     # Before anything imports torch.
     env.prepare(max(1, getattr(args, "gpus", 1)))
     return command(args)
@@ -72,12 +76,8 @@ def _parser() -> Parser:
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="make a video", allow_abbrev=False, description="Make a video.")
-    _add_job_options(run)
-    preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
-    run.add_argument("--preset", metavar="NAME", help=preset)
-    text = f"denoising steps from one checkpoint to the next; 0: none (default: {JobConfig().checkpoint_steps})"
-    run.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=text)
-    _add_mesh(run)
+    _add_run_options(run)
+    launchers.add_options(run)
     run.set_defaults(run=_run, parser=run)
     resume = commands.add_parser(
         "resume",
@@ -85,9 +85,10 @@ def _parser() -> Parser:
         description="Go on with a job that was stopped, from its newest checkpoint, on any number of GPUs.",
         allow_abbrev=False,
     )
-    resume.add_argument("job", type=Path, metavar="DIR", help="the job folder")
+    resume.add_argument("job", metavar="ID|DIR", help="a job of --root, or any job folder")
+    resume.add_argument("--root", type=Path, metavar="DIR", default=jobs.DEFAULT_ROOT, help="default: %(default)s")
     resume.add_argument("--json", action="store_true", help=JSON_HELP)
-    _add_mesh(resume)
+    launchers.add_options(resume)
     resume.set_defaults(run=_resume, parser=resume)
     compare = commands.add_parser(
         "compare",
@@ -103,6 +104,7 @@ def _parser() -> Parser:
         "--against", metavar="B", default="dense", help=f"the yardstick: {_presets()} (default: %(default)s)"
     )
     compare.set_defaults(run=_compare, parser=compare)
+    queue_commands.add(commands, _add_run_options, _replaced)
     _add_bench(commands)
     schedule.add_schedule(commands.add_parser)
     doctor = commands.add_parser(
@@ -210,15 +212,13 @@ def _add_job_options(parser: Parser) -> None:
     add("--json", action="store_true", help=JSON_HELP)
 
 
-def _add_mesh(parser: Parser) -> None:
-    text = (
-        "processes of this machine that share the job, a GPU each; with --device cpu the cores (default: %(default)s)"
-    )
-    parser.add_argument("--gpus", type=int, metavar="N", default=1, help=text)
-    text = (
-        "how they share it, such as cfg=2,ring=1,ulysses=2: branches of guidance, then the sequence (default: chosen)"
-    )
-    parser.add_argument("--mesh", metavar="AXES", help=text)
+def _add_run_options(parser: Parser) -> None:
+    """Adds what describes a job that can be resumed."""
+    _add_job_options(parser)
+    preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
+    parser.add_argument("--preset", metavar="NAME", help=preset)
+    text = f"denoising steps from one checkpoint to the next; 0: none (default: {JobConfig().checkpoint_steps})"
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=text)
 
 
 def _choices(cls: type, field: str) -> tuple[str, ...]:
@@ -245,13 +245,22 @@ def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "
         file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
     )
     folders.check(config, geometry)
-    _check_device(config)
+    _check_device(config, args)
     return config
 
 
-def _check_device(config: Config) -> None:
-    """Raises ValueError if the device or the backend asked for is not there."""
-    if config.model.device != "cuda" and config.attention.backend == AttentionConfig().backend:
+def _replaced(args: argparse.Namespace, video: dict[str, Any]) -> Config:
+    """Returns the configuration of a command line with some options of [video] replaced."""
+    for name in video:
+        if name not in VIDEO_OPTIONS:
+            raise ValueError(f"unknown option {name!r} in [[video]]; accepted: {', '.join(VIDEO_OPTIONS)}")
+    return _config(argparse.Namespace(**{**vars(args), **video}), args.preset)
+
+
+def _check_device(config: Config, args: argparse.Namespace) -> None:
+    """Raises ValueError if the device or the backend asked for is not there; a cluster's can't be seen from here."""
+    asked = config.model.device == "cuda" or config.attention.backend != AttentionConfig().backend
+    if launchers.is_elsewhere(args) or not asked:
         return
     from semvid.kernels.dispatch import select
     from semvid.runtime.session import resolve_device
@@ -261,18 +270,33 @@ def _check_device(config: Config) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = _config(args, args.preset)
-    mesh = _mesh(args, config)
-    job = jobs.create(args.out or jobs.default_folder(config.video.prompt), config)
-    return _start(job, mesh, args.json)
+    start = _starter(args, config)
+    return start(jobs.create(args.out or jobs.default_folder(config.video.prompt), config))
 
 
 def _resume(args: argparse.Namespace) -> int:
-    job = jobs.load(args.job)
+    job = queue_commands.resume(args.job, args.root)
     if job.done:
-        raise ValueError(f"{str(args.job)!r} holds a job that is done; its video is {job.video}")
+        raise ValueError(f"{args.job!r} holds a job that is done; its video is {job.video}")
     folders.check(job.config, folders.inspect(folders.locate(job.config.model.path)))
-    _check_device(job.config)
-    return _start(job, _mesh(args, job.config), args.json)
+    _check_device(job.config, args)
+    return _starter(args, job.config)(job)
+
+
+def _starter(args: argparse.Namespace, config: Config) -> Callable[[Job], int]:
+    """Returns what runs a job by the launcher of a command line and returns the exit code; refuses what can't be."""
+    launcher = launchers.chosen(args)
+    if launcher == "ray":
+        wanted = launchers.asked(args, config)
+        address = args.address or env.ray_address()
+        if address is None:
+            _mesh(args, config)
+            return lambda job: launchers.ray_here(job, wanted, args.json)
+        return lambda job: queue_commands.run(job, wanted, address, args.json)
+    mesh = _mesh(args, config)
+    if launcher == "torchrun":
+        return lambda job: launchers.torchrun(job, args)
+    return lambda job: _start(job, mesh, args.json)
 
 
 def _start(job: Job, mesh: Mesh, as_json: bool) -> int:
@@ -280,10 +304,10 @@ def _start(job: Job, mesh: Mesh, as_json: bool) -> int:
     from semvid.launch import worker
 
     if mesh.world_size == 1:
-        return worker.report(job.folder, as_json)
+        return worker.alone(job.folder, as_json)
     from semvid.launch import processes
 
-    return processes.run(job, mesh.world_size, worker.take_part, job.folder, str(mesh), as_json)
+    return processes.recover(job, mesh.world_size, worker.take_part, job.folder, str(mesh), as_json)
 
 
 def _mesh(args: argparse.Namespace, config: Config) -> Mesh:

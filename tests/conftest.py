@@ -29,10 +29,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs more GPUs than there are, and says so."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what needs more GPUs than there are, and what is slow unless it is asked for, and says so."""
     num_gpus = torch.cuda.device_count()
     for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow; run with pytest -m slow"))
         if "multigpu" in item.keywords and num_gpus < 2:
             item.add_marker(pytest.mark.skip(reason=f"needs two or more NVIDIA GPUs; there are {num_gpus}"))
         elif "gpu" in item.keywords and num_gpus < 1:
