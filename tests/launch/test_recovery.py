@@ -107,7 +107,7 @@ def test_a_job_that_dies_at_one_step_again_and_again_has_failed(
     assert capfd.readouterr().err.splitlines()[-1] == f"semvid: {reason}"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(420)
 def test_a_full_disk_ends_the_job_with_its_cause_and_it_goes_on_later(
     undisturbed: str, tiny_model: Path, tmp_path: Path
 ) -> None:
