@@ -92,7 +92,9 @@ class Writer:
             # A full disk: at least what is of no use goes.
             with contextlib.suppress(OSError):
                 path.unlink()
-                folder.rmdir()
+                if self.ranks.mesh.world_size == 1:
+                    # Another rank would be about to write into it, and fail by this instead of the disk; sweep() has it.
+                    folder.rmdir()
             raise
         parts.write_record(folder, rank, own)
         if rank > 0:
