@@ -93,7 +93,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 path.unlink()
                 if self.ranks.mesh.world_size == 1:
-                    # Another rank would be about to write into it, and fail by this instead of the disk; sweep() has it.
+                    # Another rank may be about to write into it, and would fail by this instead of the disk.
                     folder.rmdir()
             raise
         parts.write_record(folder, rank, own)
