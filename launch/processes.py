@@ -1,24 +1,28 @@
 """Several processes of this machine for one job: started, watched and ended together."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
-import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection, resource_tracker
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 from tqdm import tqdm
 
-from semvid.launch import env, worker
+from semvid.launch import cancel, env, lease, worker
+from semvid.launch.supervise import cause_of, report_death, supervise
+from semvid.launch.watch import Watch
 from semvid.runtime.job import Job
+from semvid.runtime.pulse import BOARD_BYTES, read_board
 
 PROGRAM = "semvid"
 PATIENCE_S = 5.0
+PATROL_S = 0.5
 
 Target = Callable[..., int]
 
@@ -38,11 +42,56 @@ def run(job: Job, world_size: int, target: Target, *args: Any) -> int:
     Raises:
         KeyboardInterrupt: Ctrl-C; the job's state is then "cancelled".
     """
-    context = _start(world_size, (world_size, _free_port(), job, target, args))
+    return _live(job, world_size, target, args, None)
+
+
+def recover(job: Job, world_size: int, target: Target, *args: Any) -> int:
+    """Runs `target(*args, pulse=…)` as `run` does, again whenever a rank dies or hangs, and returns the exit code.
+
+    Holds the job meanwhile. It ends where the job is done, fails for good, is told to stop or is cancelled.
+
+    Raises:
+        HeldError: another process runs the job.
+        KeyboardInterrupt: as `run`.
+    """
+    boards = RawArray("c", world_size * BOARD_BYTES)
+
+    def live() -> int:
+        ctypes.memset(boards, 0, len(boards))
+        return _live(job, world_size, target, args, boards)
+
+    with lease.hold(job.folder):
+        cancel.forget(job.folder)
+        job.log("begin", launcher="local")
+        return supervise(job, live)
+
+
+class _Patrol:
+    """Looks after the ranks of one life of a job that is to go on after a death."""
+
+    def __init__(self, job: Job, boards: Any) -> None:
+        self.job = job
+        self.boards = boards
+        self.watch = Watch(job.config.job)
+
+    def look(self, running: Iterable[int]) -> tuple[int, str] | None:
+        """Returns (rank, reason) if the job hangs, whose ranks `running` have not ended.
+
+        Raises:
+            KeyboardInterrupt: somebody has cancelled it.
+        """
+        if cancel.is_wanted(self.job.folder):
+            raise KeyboardInterrupt
+        return self.watch.look({rank: read_board(self.boards, rank) for rank in running})
+
+
+def _live(job: Job, world_size: int, target: Target, args: tuple[Any, ...], boards: Any) -> int:
+    """Runs one life of a job; with boards its ranks are watched, and after a death it is to go on."""
+    context = _start(world_size, (world_size, env.free_port(), job, target, args, boards))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with _passing_on(context) as told_to_stop:
-            return _watch(context, job, told_to_stop)
+            return _watch(context, job, told_to_stop, None if boards is None else _Patrol(job, boards))
     except KeyboardInterrupt:
         _end(context)
         job.sweep()
@@ -84,24 +133,29 @@ def _passing_on(context: ProcessContext) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _watch(context: ProcessContext, job: Job, told_to_stop: Callable[[], bool]) -> int:
-    """Waits for every process and returns the exit code. If one fails it ends the others.
+def _watch(context: ProcessContext, job: Job, told_to_stop: Callable[[], bool], patrol: _Patrol | None) -> int:
+    """Waits for every process and returns the exit code. If one fails, or hangs, it ends the others.
 
     Raises:
-        KeyboardInterrupt: a process was ended by Ctrl-C.
+        KeyboardInterrupt: a process was ended by Ctrl-C, or the job was cancelled.
     """
     waiting = dict(enumerate(context.processes))
+    ends_as = "recovering" if patrol else "failed"
     while waiting:
-        ready = connection.wait([process.sentinel for process in waiting.values()])
+        ready = connection.wait([process.sentinel for process in waiting.values()], PATROL_S if patrol else None)
         for rank in [rank for rank, process in waiting.items() if process.sentinel in ready]:
             process = waiting.pop(rank)
             process.join()
             if process.exitcode:
-                return _after_failure(context, job, rank, process.exitcode, told_to_stop())
+                return _after_failure(context, job, rank, process.exitcode, told_to_stop(), ends_as)
+        if waiting and patrol and (hung := patrol.look(waiting)):
+            _end(context)
+            report_death(job, *hung, ends_as)
+            return 1
     return 0
 
 
-def _after_failure(context: ProcessContext, job: Job, rank: int, code: int, told_to_stop: bool) -> int:
+def _after_failure(context: ProcessContext, job: Job, rank: int, code: int, told_to_stop: bool, ends_as: str) -> int:
     """Ends the other processes, says why if the failed one could not, and returns the exit code."""
     if code == env.STOPPED:
         # All have come as far before the first went.
@@ -114,20 +168,8 @@ def _after_failure(context: ProcessContext, job: Job, rank: int, code: int, told
         # Where it came too early for the ranks, nobody has said so.
         job.stop("interrupted", step=job.step)
         return env.STOPPED
-    reason = f"ended with exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    if code == -signal.SIGKILL:
-        reason += ", as the system does where memory runs out"
-    _report_death(job, rank, reason)
+    report_death(job, rank, cause_of(code), ends_as)
     return max(1, code)
-
-
-def _report_death(job: Job, rank: int, reason: str) -> None:
-    """Says and logs how a process ended, if it could not do so itself."""
-    job.sweep()
-    running = job.state == "running"
-    if job.stop("failed", step=job.step, rank=rank, reason=reason):
-        worker.end_bar(running)
-        print(f"{PROGRAM}: rank {rank}: {reason}", file=sys.stderr)
 
 
 def _end(context: ProcessContext) -> None:
@@ -139,7 +181,7 @@ def _end(context: ProcessContext) -> None:
         process.join()
 
 
-def _rank(rank: int, world_size: int, port: int, job: Job, target: Target, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world_size: int, port: int, job: Job, target: Target, args: tuple[Any, ...], boards: Any) -> None:
     """Runs one process; its exit code is the target's, or that of its error."""
     # torch has this process get SIGINT when its parent dies. By default that and Ctrl-C end it at once, also in the
     # middle of a collective; the parent says what happened.
@@ -152,13 +194,11 @@ def _rank(rank: int, world_size: int, port: int, job: Job, target: Target, args:
     # The bar's own lock is for several processes: a named semaphore, which a process that is ended leaves behind.
     tqdm.set_lock(threading.RLock())
     env.take_seat(env.Seat(rank, world_size, rank), port)
-    code = worker.guarded(PROGRAM, job, rank, lambda: target(*args))
+    if boards is None:
+        code = worker.guarded(PROGRAM, job, rank, lambda: target(*args))
+    else:
+        board = memoryview(boards).cast("B")[rank * BOARD_BYTES :]
+        pulse = env.watched(job.folder, rank, board)
+        code = worker.guarded(PROGRAM, job, rank, lambda: target(*args, pulse=pulse), "recovering")
     if code:
         env.end(code)
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

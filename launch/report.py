@@ -1,15 +1,21 @@
 """What a person sees of a run: the bar, the summary, and the JSON line."""
 
+import json
 import sys
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
 from semvid.runtime.config import measured
-from semvid.runtime.generate import Progress, Result
 from semvid.runtime.job import Job
-from semvid.runtime.metrics import Density
+
+if TYPE_CHECKING:
+    from semvid.runtime.generate import Progress, Result
+
+NAME = "report.json"
+SPARSE = "sparse calls"
 
 
 class Bar:
@@ -30,7 +36,7 @@ class Bar:
         """Prints a line above the bar."""
         tqdm.write(f"semvid: {text}", file=sys.stderr)
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         """Shows `progress`; made to be a watcher of `generate`."""
         if self.bar is None:
             form = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} left"
@@ -43,46 +49,46 @@ class Bar:
         self.bar.refresh()
 
 
-def summary(job: Job, result: Result) -> list[str]:
-    """Returns the lines that end a run."""
-    times = result.phase_seconds
-    rest = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
-    slowest = max(result.step_seconds)
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """Returns the lines that end a run, from `as_json`."""
+    rest = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["phase_seconds"].items())
+    steps, slowest = report["steps"], max(report["step_seconds"])
     lines = [
-        f"video     {job.video}",
-        f"encoder   {result.encoder}",
-        f"step      {result.seconds_per_step:.3f} s (median of {len(result.step_seconds)}, slowest {slowest:.3f} s)",
+        f"video     {report['video']}",
+        f"encoder   {report['encoder']}",
+        f"step      {report['seconds_per_step']:.3f} s (median of {steps}, slowest {slowest:.3f} s)",
         f"time      {rest}",
-        f"density   {density_text(result.density)}",
-        f"preset    {job.config.preset}{_where_measured(job.config.preset)}",
-        f"decoding  {'in tiles' if result.decoded_in_tiles else 'whole'}",
-        f"kernels   {', '.join(f'{kind}: {name}' for kind, name in result.kernels.items())}",
+        f"density   {_density_text(report)}",
+        f"preset    {report['preset']}{_where_measured(report['preset_measured'])}",
+        f"decoding  {'in tiles' if report['decoded_in_tiles'] else 'whole'}",
+        f"kernels   {', '.join(f'{kind}: {name}' for kind, name in report['kernels'].items())}",
     ]
-    if result.resumed_after:
-        lines.append(f"resumed   after step {result.resumed_after}; phases are those of this run, steps are all")
-    if result.mesh.world_size > 1:
-        lines.append(f"mesh      {result.mesh}: {result.mesh.world_size} processes")
-    if result.peak_memory_bytes is not None:
-        which = "the GPU" if result.mesh.world_size == 1 else "the first GPU"
-        lines.append(f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB of {which} at most")
-    return [*lines, f"frames    sha256 {result.frames_sha256}"]
+    if report["resumed_after_step"]:
+        after = report["resumed_after_step"]
+        lines.append(f"resumed   after step {after}; phases are those of this run, steps are all")
+    if report["gpus"] > 1:
+        lines.append(f"mesh      {report['mesh']}: {report['gpus']} processes")
+    if report["peak_memory_bytes"] is not None:
+        which = "the GPU" if report["gpus"] == 1 else "the first GPU"
+        lines.append(f"memory    {report['peak_memory_bytes'] / 2**30:.2f} GiB of {which} at most")
+    return [*lines, f"frames    sha256 {report['frames_sha256']}"]
 
 
-def _where_measured(preset: str) -> str:
+def _where_measured(found: str | None) -> str:
     """Returns what a preset's file says on where its values were measured, as the end of a line."""
-    found = measured(preset)
     return "" if found is None else f"; measured on {found}"
 
 
-def density_text(density: Density) -> str:
+def _density_text(report: Mapping[str, Any]) -> str:
     """Returns the densities in words, with the calls they are over."""
-    if density.sparse_calls == 0:
-        return f"1 over all {density.calls} self-attention calls (all dense)"
-    sparse = f"{density.sparse:.3f} over the {density.sparse_calls} sparse of {density.calls} self-attention calls"
-    return f"{sparse}; {density.overall:.3f} over all"
+    calls, sparse_calls = report["all_calls"], report["density_calls"]
+    if report["density_over"] != SPARSE:
+        return f"1 over all {calls} self-attention calls (all dense)"
+    sparse = f"{report['density']:.3f} over the {sparse_calls} sparse of {calls} self-attention calls"
+    return f"{sparse}; {report['density_all_calls']:.3f} over all"
 
 
-def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str, Any]:
+def as_json(job: Job, result: "Result", surroundings: dict[str, Any]) -> dict[str, Any]:
     """Returns a run as JSON values. Times in seconds, memory in bytes."""
     density = result.density
     return {
@@ -96,7 +102,7 @@ def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str,
         "phase_seconds": result.phase_seconds,
         "density": density.sparse,
         "density_calls": density.sparse_calls or density.dense_calls,
-        "density_over": "sparse calls" if density.sparse_calls else "all calls (all dense)",
+        "density_over": SPARSE if density.sparse_calls else "all calls (all dense)",
         "density_all_calls": density.overall,
         "all_calls": density.calls,
         "kernels": result.kernels,
@@ -114,3 +120,18 @@ def as_json(job: Job, result: Result, surroundings: dict[str, Any]) -> dict[str,
 def say(lines: list[str], file: TextIO) -> None:
     """Prints lines."""
     print("\n".join(lines), file=file, flush=True)
+
+
+def keep(job: Job, report: Mapping[str, Any]) -> None:
+    """Writes a run's report into its folder, whole or not at all."""
+    part = job.folder / f".{NAME}.part"
+    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(job.folder / NAME)
+
+
+def tell(job: Job, as_json: bool) -> None:
+    """Prints the report of a job that is done: the summary, and with `as_json` one JSON object on stdout."""
+    report = json.loads((job.folder / NAME).read_text(encoding="utf-8"))
+    say(summary(report), sys.stderr if as_json else sys.stdout)
+    if as_json:
+        say([json.dumps(report, allow_nan=False)], sys.stdout)

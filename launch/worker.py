@@ -1,20 +1,21 @@
 """One rank of one job, alone or by torchrun: `python -m semvid.launch.worker --job DIR` runs a folder's job.toml."""
 
-import json
+import contextlib
 import sys
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semvid.launch import env
+from semvid.launch import cancel, env, lease, watch
 from semvid.parallel import mesh as meshes
 from semvid.parallel.mesh import Mesh
 from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
 from semvid.runtime.job import Job, StoppedError
+from semvid.runtime.pulse import Pulse
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ def run(
     pipeline: Any = None,
     ranks: "Ranks | None" = None,
     told_to_stop: Callable[[], bool] = lambda: False,
+    pulse: Pulse | None = None,
 ) -> tuple[Job, Any]:
     """Runs the job of a folder with a progress bar on stderr and returns (Job, Result).
 
@@ -42,6 +44,7 @@ def run(
         pipeline: the loaded checkpoint, if there is one already.
         ranks: this process among those of the job; alone if absent.
         told_to_stop: asked after each step.
+        pulse: counts what this rank passes.
 
     Raises:
         ValueError: no job there, or its configuration does not fit the model or its own checkpoint.
@@ -55,60 +58,131 @@ def run(
     models.quiet()
     job = jobs.load(folder)
     if ranks is not None and ranks.rank > 0:
-        return job, generate(job, pipeline=pipeline, ranks=ranks, told_to_stop=told_to_stop)
+        return job, generate(job, pipeline=pipeline, ranks=ranks, told_to_stop=told_to_stop, pulse=pulse)
     with Bar(label) as bar:
-        return job, generate(job, bar, pipeline, ranks, say=bar.say, told_to_stop=told_to_stop)
+        return job, generate(
+            job,
+            bar,
+            pipeline,
+            ranks,
+            say=bar.say,
+            told_to_stop=told_to_stop,
+            pulse=pulse,
+            keep=lambda result: _keep(job, result),
+        )
 
 
-def report(folder: Path, as_json: bool, ranks: "Ranks | None" = None) -> int:
+def alone(folder: Path, as_json: bool) -> int:
+    """Runs the job of a folder in this process and returns 0; nobody else runs it meanwhile.
+
+    Raises:
+        ValueError: as `run`, or somebody runs it.
+        StoppedError: likewise.
+    """
+    with env.told_to_stop() as told, _held(jobs.load(folder)):
+        wanted = _or_cancelled(folder, told)
+        return report(folder, as_json, told_to_stop=wanted, pulse=env.watched(folder, 0))
+
+
+def report(
+    folder: Path,
+    as_json: bool,
+    ranks: "Ranks | None" = None,
+    told_to_stop: Callable[[], bool] = lambda: False,
+    pulse: Pulse | None = None,
+) -> int:
     """Runs the job of a folder, prints the summary and with `as_json` one JSON object on rank 0, and returns 0.
-
-    SIGTERM lets the step end and a checkpoint be written.
 
     Raises:
         ValueError: as `run`.
         StoppedError: likewise.
     """
-    with env.told_to_stop() as told:
-        job, result = run(folder, ranks=ranks, told_to_stop=told)
+    job, result = run(folder, ranks=ranks, told_to_stop=told_to_stop, pulse=pulse)
     if result is None:
         return 0
     from semvid.launch import report as reports
 
-    reports.say(reports.summary(job, result), sys.stderr if as_json else sys.stdout)
-    if as_json:
-        found = reports.as_json(job, result, env.surroundings(result.device))
-        reports.say([json.dumps(found, allow_nan=False)], sys.stdout)
+    reports.tell(job, as_json)
     return 0
 
 
-def take_part(folder: Path, mesh: str | None, as_json: bool) -> int:
+def _keep(job: Job, result: Any) -> None:
+    """Writes the report of a job that is about to be done."""
+    from semvid.launch import report as reports
+
+    reports.keep(job, reports.as_json(job, result, env.surroundings(result.device)))
+
+
+def take_part(folder: Path, mesh: str | None, as_json: bool, pulse: Pulse | None = None) -> int:
     """Runs the job of a folder as the rank that torchrun's variables name, and returns 0.
+
+    SIGTERM lets the step end and a checkpoint be written, whenever it comes.
 
     Args:
         folder: holds job.toml.
         mesh: degrees of the axes; None: those that serve so many ranks best.
         as_json: print one JSON object on stdout; the summary goes to stderr.
+        pulse: counts what this rank passes; where it is given another process watches it and holds the job.
 
     Raises:
         ValueError: the mesh is not one of as many ranks as there are, or as `run`.
+        StoppedError: as `run`.
     """
     place, job = env.seat(), jobs.load(folder)
-    guided = folders.is_guided(job.config)
-    if place.world_size == 1:
-        resolve_mesh(mesh, 1, guided=guided)
-        return report(folder, as_json)
+    if place.world_size == 1 and pulse is None:
+        resolve_mesh(mesh, 1, guided=folders.is_guided(job.config))
+        return alone(folder, as_json)
+    with contextlib.ExitStack() as stack:
+        told = stack.enter_context(env.told_to_stop())
+        if pulse is None:
+            if place.rank == 0:
+                stack.enter_context(_held(job))
+                told = _or_cancelled(folder, told)
+            pulse = env.watched(folder, place.rank)
+            stack.enter_context(watch.by_itself(pulse, job))
+        pulse.beat("start")
+        return _join(job, place, mesh, as_json, told, pulse)
+
+
+@contextlib.contextmanager
+def _held(job: Job) -> Iterator[None]:
+    """Holds a job that nobody supervises; one that stops inside because it was cancelled says so."""
+    with lease.hold(job.folder):
+        cancel.forget(job.folder)
+        try:
+            yield
+        except StoppedError:
+            if cancel.is_wanted(job.folder):
+                job.log("stop", state="cancelled", step=job.step)
+                cancel.forget(job.folder)
+            raise
+
+
+def _or_cancelled(folder: Path, told_to_stop: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: told_to_stop() or cancel.is_wanted(folder)
+
+
+def _join(
+    job: Job, place: env.Seat, mesh: str | None, as_json: bool, told_to_stop: Callable[[], bool], pulse: Pulse
+) -> int:
+    """Meets the other ranks, runs the job with them and leaves them."""
     if place.rank == 0:
         job.log("join", state="queued", world_size=place.world_size)
     else:
         env.hush()
     env.prepare()
+    guided = folders.is_guided(job.config)
+    if place.world_size == 1:
+        resolve_mesh(mesh, 1, guided=guided)
+        return report(job.folder, as_json, None, told_to_stop, pulse)
     from semvid.parallel import ranks
 
     device = _own_device(job.config.model.device, place.local_rank)
-    ranks.join(device)
+    # Longer than the watch needs to find a rank that hangs: it says which.
+    seconds = max(600.0, 2 * job.config.job.hang_seconds)
+    ranks.join(device, meeting=ranks.Meeting(place.rank, place.world_size, *env.meeting()), seconds=seconds)
     chosen = resolve_mesh(mesh, place.world_size, guided=guided, hosts=ranks.hosts())
-    code = report(folder, as_json, ranks.connect(chosen))
+    code = report(job.folder, as_json, ranks.connect(chosen), told_to_stop, pulse)
     # Not after an error: the others may be in the middle of a collective, and leaving can wait for them.
     ranks.leave()
     return code
@@ -127,7 +201,7 @@ def resolve_mesh(text: str | None, world_size: int, *, guided: bool, hosts: Sequ
     return mesh
 
 
-def guarded(program: str, job: Job, rank: int, work: Callable[[], int]) -> int:
+def guarded(program: str, job: Job, rank: int, work: Callable[[], int], ends_as: str = "failed") -> int:
     """Returns what `work` returns, or the exit code of what stopped this rank: 2 (bad input), 1, 130 (Ctrl-C) or 143.
 
     The first rank that fails says why, on stderr and in the job's events. The others' errors follow from the first,
@@ -138,6 +212,7 @@ def guarded(program: str, job: Job, rank: int, work: Callable[[], int]) -> int:
         job: whose events say how it ended.
         rank: this one.
         work: what this rank does.
+        ends_as: the job's state after an error that need not come again: "recovering" where it will be tried again.
     """
     try:
         try:
@@ -145,7 +220,7 @@ def guarded(program: str, job: Job, rank: int, work: Callable[[], int]) -> int:
         except StoppedError:
             return env.STOPPED
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must end too
-            return _fail(f"{program}: rank {rank}", job, rank, error)
+            return _fail(f"{program}: rank {rank}", job, rank, error, ends_as)
     except KeyboardInterrupt:
         if job.stop("cancelled", step=job.step):
             print(f"{program}: {env.INTERRUPTED}", file=sys.stderr)
@@ -158,13 +233,18 @@ def end_bar(running: bool) -> None:
         print(file=sys.stderr)
 
 
-def _fail(program: str, job: Job, rank: int, error: Exception) -> int:
+def _fail(program: str, job: Job, rank: int, error: Exception, ends_as: str) -> int:
     """Says and logs what stopped this rank, if no other was first, and returns the exit code."""
     # Where this error only follows from the death of another rank, who started the ranks ends this one meanwhile.
     time.sleep(SETTLE_S)
     running, name = job.state == "running", type(error).__name__
+    reason = f"{name}: {error}"
+    if isinstance(error, ValueError):
+        ends_as = "failed"
+    elif env.lacks_memory(error):
+        ends_as, reason = "failed", f"{reason}; {env.MORE_MEMORY}"
     try:
-        first = job.stop("failed", step=job.step, rank=rank, reason=f"{name}: {error}")
+        first = job.stop(ends_as, step=job.step, rank=rank, reason=reason)
     except OSError:
         # A full disk, perhaps the error itself.
         first = True
@@ -205,6 +285,7 @@ def _own_device(name: str, local_rank: int) -> "torch.device":
 
 def main() -> int:
     """Runs as a program; returns the exit code."""
+    env.follow_parent()
     about = "Run the job.toml of a job folder, from its newest checkpoint if it has one and is not done."
     parser = ArgumentParser(PROGRAM, description=about, allow_abbrev=False)
     add = parser.add_argument
@@ -216,10 +297,12 @@ def main() -> int:
 
 
 def _main(args: Namespace) -> int:
-    place = env.seat()
-    if place.world_size == 1:
+    place, job = env.seat(), jobs.load(args.job)
+    if place.world_size == 1 and not env.is_watched():
         return take_part(args.job, args.mesh, args.json)
-    work = guarded(PROGRAM, jobs.load(args.job), place.rank, lambda: take_part(args.job, args.mesh, args.json))
+    pulse = env.watched(args.job, place.rank) if env.is_watched() else None
+    ends_as = "recovering" if pulse else "failed"
+    work = guarded(PROGRAM, job, place.rank, lambda: take_part(args.job, args.mesh, args.json, pulse), ends_as)
     return work if work == 0 else env.end(work)
 
 

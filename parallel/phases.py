@@ -1,13 +1,14 @@
-"""Where the time of a call goes: named phases, timed on the device while somebody records, free otherwise."""
+"""Where a call is and where its time goes: named phases, timed on the device while somebody records, else free."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 _recorder: "Recorder | None" = None
+_listener: Callable[[str], None] | None = None
 
 
 class Recorder:
@@ -39,6 +40,12 @@ class Recorder:
             total[name] = total.get(name, 0.0) + took
         return total
 
+    def take(self) -> dict[str, float]:
+        """Returns what `milliseconds` does, and begins anew."""
+        found = self.milliseconds()
+        self._spans.clear()
+        return found
+
 
 @contextlib.contextmanager
 def recording(device: torch.device) -> Iterator[Recorder]:
@@ -52,13 +59,26 @@ def recording(device: torch.device) -> Iterator[Recorder]:
 
 
 @contextlib.contextmanager
+def telling(listener: Callable[[str], None]) -> Iterator[None]:
+    """Calls `listener` with the name of each phase that begins inside."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+@contextlib.contextmanager
 def phase(name: str, *, on_host: bool = False) -> Iterator[None]:
-    """Names what runs inside, for whoever records.
+    """Names what runs inside, for whoever records or listens.
 
     Args:
         name: spans of one name are added up.
         on_host: the host's time is meant; otherwise what the current stream did, waiting for a collective included.
     """
+    if _listener is not None:
+        _listener(name)
     recorder = _recorder
     if recorder is None:
         yield

@@ -1,17 +1,23 @@
 """This process among the ranks of its job: where it is on the mesh, and the groups it talks to."""
 
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 
 from semvid.parallel.collectives import Group, all_gather
 from semvid.parallel.mesh import Mesh, Place, check
+
+LOOPBACK = "127.0.0.1"
+MEETING_KEY = "semvid/port"
+CONNECT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +77,32 @@ def connect(mesh: Mesh) -> Ranks:
     )
 
 
-def join(device: torch.device, seat: tuple[int, int, str] | None = None, *, seconds: float = 600.0) -> None:
+class Meeting(NamedTuple):
+    """Where ranks meet whose launcher is known."""
+
+    rank: int
+    world_size: int
+    host: str
+    """Rank 0's; 127.0.0.1 where all are on one machine."""
+    port: int
+    """Free, for rank 0 to listen on; of torchrun's own store where `elastic`."""
+    elastic: bool = False
+    """torchrun started these ranks, and may have started others before that died."""
+
+
+def join(
+    device: torch.device,
+    seat: tuple[int, int, str] | None = None,
+    *,
+    meeting: Meeting | None = None,
+    seconds: float = 600.0,
+) -> None:
     """Joins the default process group: the one that the environment describes (torchrun's variables), unless told.
 
     Args:
         device: this rank's own; decides between NCCL and gloo.
         seat: rank, number of ranks, and a file that does not exist yet, where they meet.
+        meeting: where they meet otherwise.
         seconds: how long a collective may wait for the others.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -84,7 +110,54 @@ def join(device: torch.device, seat: tuple[int, int, str] | None = None, *, seco
     where: dict[str, Any] = {}
     if seat is not None:
         where = {"rank": seat[0], "world_size": seat[1], "init_method": f"file://{seat[2]}"}
+    elif meeting is not None and (meeting.elastic or meeting.host == LOOPBACK):
+        store = _new_store(meeting, seconds) if meeting.elastic else _own_store(meeting, seconds)
+        where = {"rank": meeting.rank, "world_size": meeting.world_size, "store": store}
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds), device_id=own, **where)
+
+
+def _own_store(meeting: Meeting, seconds: float) -> Any:
+    """Returns where the ranks of one machine meet; PyTorch's own way listens on every interface."""
+    listener = None
+    if meeting.rank == 0:
+        with socket.socket() as made:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((meeting.host, meeting.port))
+            made.listen()
+            listener = made.detach()
+    return TCPStore(
+        meeting.host,
+        meeting.port,
+        is_master=meeting.rank == 0,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+def _new_store(meeting: Meeting, seconds: float) -> Any:
+    """Returns a store that no ranks before these have used.
+
+    torchrun's own still has the addresses of those that died, and who reads before they are replaced waits for the
+    dead. So rank 0 opens one and says in torchrun's where; an address at which nobody answers is one of a dead rank 0.
+    """
+    until = time.monotonic() + seconds
+    known = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=seconds))
+    if meeting.rank == 0:
+        made = TCPStore(meeting.host, 0, is_master=True, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+        known.set(MEETING_KEY, str(made.port))
+        return made
+    while True:
+        port = int(known.get(MEETING_KEY))
+        try:
+            found = TCPStore(meeting.host, port, is_master=False, timeout=timedelta(seconds=CONNECT_S))
+        except (RuntimeError, OSError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+            continue
+        found.set_timeout(timedelta(seconds=seconds))
+        return found
 
 
 def slowest(value: float, device: torch.device) -> float:

@@ -142,6 +142,12 @@ class JobConfig:
     share_weights: bool = False
     """Each rank holds an equal part of the transformer's weights and gathers them block by block: for models that a GPU
     can't hold. It needs several."""
+    hang_seconds: float = 300.0
+    """Where no rank has begun another block of a model or another phase of a call for so long, the job hangs."""
+    start_seconds: float = 1800.0
+    """The same while the processes start, meet, and load the model."""
+    failures: int = 3
+    """After so many deaths at one step the job has failed; before, it goes on from its last checkpoint by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,6 +283,10 @@ def check(config: Config) -> None:
     _require(job.checkpoint_steps >= 0, "job.checkpoint_steps", job.checkpoint_steps, "0 or more; 0 is never")
     seconds = job.checkpoint_seconds
     _require(math.isfinite(seconds) and seconds >= 0, "job.checkpoint_seconds", seconds, "0 or more; 0 is never")
+    for name in ("hang_seconds", "start_seconds"):
+        limit = getattr(job, name)
+        _require(math.isfinite(limit) and limit > 0, f"job.{name}", limit, "more than 0")
+    _require(job.failures >= 1, "job.failures", job.failures, "1 or more")
     share = attention.dense_steps
     _require(0 <= share <= 1, "attention.dense_steps", share, "0 .. 1, a share of the steps")
     _require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")

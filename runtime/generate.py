@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semvid.parallel import phases
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
-from semvid.runtime import checkpoint, denoise, folder, models, parts, video
+from semvid.runtime import checkpoint, denoise, folder, models, parts, video, vital
 from semvid.runtime.checkpoint import Checkpoint
 from semvid.runtime.denoise import Denoising
 from semvid.runtime.job import Job, StoppedError
 from semvid.runtime.metrics import Density, Frames
 from semvid.runtime.models import Sparsified
+from semvid.runtime.pulse import Pulse
 from semvid.runtime.session import resolve_device
 from semvid.runtime.writer import Writer
 
@@ -76,6 +78,8 @@ def generate(
     *,
     say: Callable[[str], None] = lambda _: None,
     told_to_stop: Callable[[], bool] = lambda: False,
+    pulse: Pulse | None = None,
+    keep: Callable[[Result], None] = lambda _: None,
 ) -> Result | None:
     """Runs `job`, writes its events, video and contact sheet, and returns what it made; None on a rank other than 0.
 
@@ -90,6 +94,8 @@ def generate(
             since here nobody knows which rank was the first to fail.
         say: given lines that a person should read: where the job goes on, which checkpoint is damaged.
         told_to_stop: asked after each step; where one rank says so, all end with a checkpoint.
+        pulse: counts what this rank passes, for whoever watches it.
+        keep: given the result before the job counts as done.
 
     Raises:
         ValueError: the configuration does not fit the model, or a checkpoint is of another configuration or model.
@@ -101,7 +107,7 @@ def generate(
     folder.check(job.config, folder.inspect(folder.locate(job.config.model.path)))
     if job.config.job.share_weights and (ranks is None or ranks.mesh.world_size == 1):
         raise ValueError("job.share_weights is True, but there is one GPU to hold them; accepted: several, by --gpus")
-    run = _Run(job, watch, ranks or Ranks(), say, told_to_stop)
+    run = _Run(job, watch, ranks or Ranks(), say, told_to_stop, pulse or Pulse())
     found = run.find()
     run.log("start", state="running", mesh=str(run.ranks.mesh), world_size=run.ranks.mesh.world_size)
     try:
@@ -112,6 +118,7 @@ def generate(
             _log_stop(run, error)
         raise
     if result is not None:
+        keep(result)
         job.stop("done", frames_sha256=result.frames_sha256, phase_seconds=result.phase_seconds)
     return result
 
@@ -130,18 +137,25 @@ class _Run:
     """One pass of one rank through the phases; keeps the clock and the step."""
 
     def __init__(
-        self, job: Job, watch: Watcher, ranks: Ranks, say: Callable[[str], None], told_to_stop: Callable[[], bool]
+        self,
+        job: Job,
+        watch: Watcher,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        told_to_stop: Callable[[], bool],
+        pulse: Pulse,
     ) -> None:
         self.job = job
         self.watch = watch
         self.ranks = ranks
         self.say = say
         self.told_to_stop = told_to_stop
+        self.pulse = pulse
         self.leads = ranks.rank == 0
         self.device = resolve_device(job.config.model.device)
         self.on_gpu = False
         self.identity = checkpoint.describe(job.config)
-        self.writer = Writer(job.checkpoints, ranks, self._log_checkpoint)
+        self.writer = Writer(job.checkpoints, ranks, self._log_checkpoint, pulse)
         self.saved_at = time.monotonic()
         self.stall_s = 0.0
         self.resumed_after = 0
@@ -178,6 +192,11 @@ class _Run:
         self.on_gpu = pipeline.device.type == "cuda"
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        with vital.beating(pipeline, self.pulse):
+            return self._make(pipeline, handle, found)
+
+    def _make(self, pipeline: Any, handle: Sparsified, found: Checkpoint | None) -> Result | None:
+        config = self.job.config
         try:
             state = self._phase("encode", lambda: denoise.start(pipeline, config.video, self.ranks))
             if found is not None:
@@ -193,12 +212,15 @@ class _Run:
 
     def _load(self) -> Any:
         config = self.job.config
-        return models.load_pipeline(
+        pipeline = models.load_pipeline(
             folder.locate(config.model.path),
             config.model,
             encoders="host" if self.leads else "none",
             share=config.job.share_weights,
         )
+        # The first rank reads the encoders too. The others wait for it here, where starting takes what time it takes.
+        self.ranks.largest([0], self.device)
+        return pipeline
 
     def _finish(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density) -> Result:
         frames = self._phase("decode", lambda: denoise.decode(pipeline, state))
@@ -221,6 +243,7 @@ class _Run:
 
     def _phase(self, name: str, work: Callable[[], Any]) -> Any:
         self.watch(Progress(phase=name, step=self.step, steps=self.job.config.video.steps, seconds=0.0))
+        self.pulse.beat(name)
         self.log("phase", phase=name)
         begin = time.perf_counter()
         result = work()
@@ -231,7 +254,7 @@ class _Run:
     def _resume(self, pipeline: Any, handle: Sparsified, state: Denoising, found: Checkpoint) -> None:
         """Puts the state of a checkpoint into a job that has just been started."""
         checkpoint.restore(found, handle.session, pipeline.scheduler, state)
-        self.step = self.resumed_after = found.step
+        self.step = self.resumed_after = self.pulse.step = found.step
         self.step_seconds = found.step_seconds
         self.log("resume", step=found.step)
         if self.leads:
@@ -284,18 +307,20 @@ class _Run:
             checkpoint.scheduler_state(pipeline.scheduler)
         steps = self.job.config.video.steps
         before, begin = handle.density(), time.perf_counter()
-        for step in denoise.steps(pipeline, state):
-            self._wait()
-            seconds = time.perf_counter() - begin
-            now = handle.density()
-            self.step = step + 1
-            self.step_seconds.append(seconds)
-            self._log_step(seconds, now.minus(before))
-            self.watch(Progress(phase="denoise", step=self.step, steps=steps, seconds=seconds))
-            self._keep(pipeline, handle, state, now)
-            before, begin = now, time.perf_counter()
+        with phases.recording(pipeline.device) as recorder:
+            for step in denoise.steps(pipeline, state):
+                self._wait()
+                seconds = time.perf_counter() - begin
+                now = handle.density()
+                self.step = self.pulse.step = step + 1
+                self.pulse.beat("step")
+                self.step_seconds.append(seconds)
+                self._log_step(seconds, now.minus(before), recorder.take())
+                self.watch(Progress(phase="denoise", step=self.step, steps=steps, seconds=seconds))
+                self._keep(pipeline, handle, state, now)
+                before, begin = now, time.perf_counter()
 
-    def _log_step(self, seconds: float, density: Density) -> None:
+    def _log_step(self, seconds: float, density: Density, phase_ms: dict[str, float]) -> None:
         self.log(
             "step",
             step=self.step,
@@ -304,6 +329,7 @@ class _Run:
             density=round(density.sparse, 4),
             sparse_calls=density.sparse_calls,
             dense_calls=density.dense_calls,
+            phase_ms={name: round(ms, 3) for name, ms in phase_ms.items()},
             peak_memory_bytes=self._peak_memory(),
         )
 
@@ -316,7 +342,8 @@ class _Run:
         return torch.cuda.max_memory_allocated() if self.on_gpu else None
 
     def _write(self, frames: Frames) -> str:
-        encoder = video.write_mp4(frames, self.job.video, self.job.config.video.fps)
+        fps = self.job.config.video.fps
+        encoder = video.write_mp4(frames, self.job.video, fps, lambda: self.pulse.beat("write"))
         video.contact_sheet([("", frames)], self.job.contact)
         return encoder
 

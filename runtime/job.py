@@ -15,7 +15,9 @@ from typing import Any
 from semvid.runtime.config import Config, resolved, to_toml
 
 DEFAULT_ROOT = Path("semvid-jobs")
-STOPPED = ("failed", "cancelled", "interrupted")
+ENDS = ("done", "failed", "cancelled", "interrupted")
+"""What a job stays in until somebody does something."""
+STOPPED = (*ENDS, "recovering")
 
 
 class StoppedError(Exception):
@@ -46,9 +48,12 @@ class Job:
 
     def log(self, event: str, **values: Any) -> None:
         """Appends one line to events.jsonl: the time (Unix seconds), the event, its values."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, allow_nan=False)
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, allow_nan=False) + "\n"
+        with (self.folder / "events.jsonl").open("ab+", buffering=0) as file:
+            # After a line that a full disk cut short, this one must not become a part of it.
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = "\n" + line
+            file.write(line.encode())
 
     def stop(self, state: str, **values: Any) -> bool:
         """Appends the event that ends a run and returns True, or returns False where it was stopped before.
@@ -56,7 +61,7 @@ class Job:
         Of several ranks that stop at once one alone gets True.
 
         Args:
-            state: done, failed, cancelled or interrupted.
+            state: done, failed, cancelled, interrupted, or recovering where it will go on by itself.
             values: what else the event says.
         """
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
@@ -72,17 +77,19 @@ class Job:
             part.unlink(missing_ok=True)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yields the events so far; a last line cut short by a crash is passed over."""
+        """Yields the events so far; a line cut short by a crash or a full disk is passed over."""
         path = self.folder / "events.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
-                yield json.loads(line)
+                event = json.loads(line)
             except json.JSONDecodeError:
-                return
+                continue
+            if isinstance(event, dict) and "event" in event:
+                yield event
 
     @property
     def state(self) -> str:
-        """queued, running, done, failed, cancelled or interrupted, by the last event that names a state."""
+        """queued, running, recovering, done, failed, cancelled or interrupted: the last that an event names."""
         return next((e["state"] for e in reversed(list(self.events())) if "state" in e), "queued")
 
     @property
@@ -127,14 +134,27 @@ def load(folder: Path) -> Job:
     return Job(folder, resolved(folder / "job.toml"))
 
 
-def default_folder(prompt: str) -> Path:
-    """Returns a new folder's path under semvid-jobs/, named by time and prompt."""
+def locate(root: Path, name: str) -> Path:
+    """Returns the folder of the job `name` of `root`.
+
+    Raises:
+        ValueError: no job of that name lies directly in `root`; a name never leads elsewhere.
+    """
+    folder = root / name
+    plain = re.fullmatch(r"[^./\\\0][^/\\\0]*", name) is not None
+    if not plain or not folder.is_dir() or folder.resolve().parent != root.resolve():
+        raise ValueError(f"job is {name!r}; accepted: the name of a job in {str(root)!r}, as `semvid jobs` lists them")
+    return folder
+
+
+def default_folder(prompt: str, root: Path = DEFAULT_ROOT) -> Path:
+    """Returns a new folder's path in `root`, named by time and prompt."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{slug or 'video'}"
-    folder, copies = DEFAULT_ROOT / stem, 1
+    folder, copies = root / stem, 1
     while folder.exists():
         copies += 1
-        folder = DEFAULT_ROOT / f"{stem}-{copies}"
+        folder = root / f"{stem}-{copies}"
     return folder
 
 

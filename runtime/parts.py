@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def steps(root: Path) -> list[int]:
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Part:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Callable[[], None] = lambda: None) -> Part:
     """Writes a safetensors file and returns what a manifest says of it.
 
     Written block by block, without a second copy in memory, and mostly without Python's lock, so that a thread can do
@@ -80,6 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Part:
     Args:
         path: the file.
         tensors: in host memory.
+        told: called after each block.
     """
     # As the library orders them, so that each starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -92,7 +93,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Part:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     data = (tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data for name in names)
-    return _write(path, _blocks([memoryview(len(text).to_bytes(8, "little") + text), *data]))
+    return _write(path, _blocks([memoryview(len(text).to_bytes(8, "little") + text), *data]), told)
 
 
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
@@ -189,7 +190,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _write(path: Path, blocks: Iterable[memoryview]) -> Part:
+def _write(path: Path, blocks: Iterable[memoryview], told: Callable[[], None] = lambda: None) -> Part:
     """Writes a file, waits until it is on the disk, and returns what a manifest says of it."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
@@ -198,6 +199,7 @@ def _write(path: Path, blocks: Iterable[memoryview]) -> Part:
                 _write_block(file.fileno(), block)
                 digest.update(block)
                 size += len(block)
+                told()
             os.fsync(file.fileno())
         except OSError as error:
             error.filename = str(path)

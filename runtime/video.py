@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,20 +32,23 @@ def encoder() -> str:
     return "H.264 (PyAV)" if importlib.util.find_spec("av") else "MPEG-4 Part 2 (OpenCV; PyAV is not installed)"
 
 
-def write_mp4(frames: Frames, path: Path, fps: int) -> str:
+def write_mp4(frames: Frames, path: Path, fps: int, told: Callable[[], None] = lambda: None) -> str:
     """Writes the video whole or not at all, and returns the encoder used.
 
     Args:
         frames: uint8 [F, height, width, 3], even height and width.
         path: where; replaced if there.
         fps: frames per second.
+        told: called before each frame.
 
     Raises:
         OSError: the file can't be written or no encoder works.
     """
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        (_write_av if importlib.util.find_spec("av") else _write_cv)(frames, part, fps)
+        (_write_av if importlib.util.find_spec("av") else _write_cv)(
+            _telling(frames, told), frames.shape[1:3], part, fps
+        )
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -82,24 +85,30 @@ def _labelled(row: Image.Image, label: str) -> Image.Image:
     return canvas
 
 
-def _write_av(frames: Frames, path: Path, fps: int) -> None:
+def _telling(frames: Frames, told: Callable[[], None]) -> Iterator[Frames]:
+    for image in frames:
+        told()
+        yield image
+
+
+def _write_av(images: Iterator[Frames], size: tuple[int, ...], path: Path, fps: int) -> None:
     import av
 
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18", "preset": "medium"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for image in frames:
+        stream.height, stream.width, stream.pix_fmt = size[0], size[1], "yuv420p"
+        for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
-def _write_cv(frames: Frames, path: Path, fps: int) -> None:
+def _write_cv(images: Iterator[Frames], size: tuple[int, ...], path: Path, fps: int) -> None:
     import cv2
 
-    height, width = frames.shape[1:3]
+    height, width = size
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
     if not writer.isOpened():
         raise OSError(f"OpenCV has no encoder that writes {path}")
-    for image in frames:
+    for image in images:
         writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     writer.release()

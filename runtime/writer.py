@@ -11,6 +11,7 @@ from torch import Tensor
 
 from semvid.parallel.ranks import Ranks
 from semvid.runtime import parts
+from semvid.runtime.pulse import Pulse
 
 PATIENCE_S = 600.0
 POLL_S = 0.02
@@ -25,10 +26,11 @@ class Writer:
     The thread enters no collective: rank 0 sees in the folder which parts are there.
     """
 
-    def __init__(self, root: Path, ranks: Ranks, told: Told = lambda *_: None) -> None:
+    def __init__(self, root: Path, ranks: Ranks, told: Told = lambda *_: None, pulse: Pulse | None = None) -> None:
         self.root = root
         self.ranks = ranks
         self.told = told
+        self.pulse = pulse or Pulse()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
@@ -84,12 +86,15 @@ class Writer:
         folder = parts.temporary(self.root, step)
         path = folder / f"rank-{rank:04d}.safetensors"
         try:
-            own = parts.write_tensors(path, tensors)
+            own = parts.write_tensors(path, tensors, self.pulse.beat_of_writer)
+            self.pulse.reach("checkpoint")
         except OSError:
             # A full disk: at least what is of no use goes.
             with contextlib.suppress(OSError):
                 path.unlink()
-                folder.rmdir()
+                if self.ranks.mesh.world_size == 1:
+                    # Another rank may be about to write into it, and would fail by this instead of the disk.
+                    folder.rmdir()
             raise
         parts.write_record(folder, rank, own)
         if rank > 0:

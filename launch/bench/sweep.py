@@ -182,9 +182,10 @@ def _dense(peer: str, shape: Shape, options: SweepOptions, device: torch.device)
     """Returns ms and rate of dense attention over rows that resemble the sparse ones'."""
     generator = torch.Generator(device).manual_seed(options.seed)
     q, k, v = (_side(shape, 300, generator, device).rows for _ in range(3))
-    check = checks.check_rows(_dense_call(peer, q, k, v)(), None, checks.true_rows(q, k, v))
+    call = _dense_call(peer, q, k, v)
+    check = checks.check_rows(call(), None, checks.true_rows(q, k, v))
     flops = 4 * shape.head_dim * shape.heads * shape.tokens**2
-    return _timed(_dense_call(peer, q, k, v), check, flops, flops, options, device)
+    return _timed(call, check, flops, flops, options, device)
 
 
 def _dense_call(peer: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:

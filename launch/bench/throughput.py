@@ -131,7 +131,9 @@ def _case(size: int, options: ThroughputOptions, given: Sequence[str], folder: P
 def _job(job: int, gpus: range, options: ThroughputOptions, given: Sequence[str], folder: Path) -> str | None:
     """Runs one job on some GPUs; returns the last line of its stderr if it failed."""
     command = [sys.executable, "-m", "semvid.launch.cli", "run", *given, "--seed", str(job)]
-    command += ["--device", options.device, "--gpus", str(len(gpus)), "--out", str(folder), "--checkpoint-every", "0"]
+    # By this machine's processes alone: the GPUs are named here, and no cluster's queue is measured.
+    command += ["--launcher", "local", "--gpus", str(len(gpus)), "--device", options.device]
+    command += ["--out", str(folder), "--checkpoint-every", "0"]
     surroundings = dict(os.environ)
     if options.device == "cuda":
         known = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

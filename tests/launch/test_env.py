@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from semvid.launch import env
+from semvid.runtime.pulse import Fault
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,26 @@ def test_a_failure_of_the_machine_is_one_line_and_a_defect_keeps_its_traceback()
     assert "fewer --frames" in env.failure(MemoryError())
     with pytest.raises(RuntimeError, match="shape"):
         env.failure(RuntimeError("shape mismatch"))
+
+
+FAULTS = [
+    ("", ()),
+    ("kill:point=start", (Fault(action="kill", point="start"),)),
+    (
+        "hang:rank=1:point=exchange:step=3;kill:point=write:times=2",
+        (Fault(action="hang", point="exchange", rank=1, step=3), Fault(action="kill", point="write", times=2)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "found"), FAULTS)
+def test_faults_are_read(text: str, found: tuple[Fault, ...]) -> None:
+    assert env.faults(text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["kill", "burn:point=start", "kill:point=lunch", "kill:point=start:rank=x", "kill:a=1"]
+)
+def test_a_fault_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="^SEMVID_FAULT is '.*'; accepted: kill or hang, then point="):
+        env.faults(text)

@@ -25,7 +25,20 @@ CFG = "cfg=2,ring=1,ulysses=1"
 
 
 def words(model: Path, folder: Path, *more: str) -> list[str]:
-    return ["run", "a red ball", "--model", str(model), *VIDEO, "--guidance", "3", "--out", str(folder), *more]
+    return [
+        "run",
+        "a red ball",
+        "--model",
+        str(model),
+        *VIDEO,
+        "--guidance",
+        "3",
+        "--out",
+        str(folder),
+        "--launcher",
+        "local",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -87,11 +100,21 @@ def test_two_processes_make_one_video_and_one_is_heard(
     assert shown.count(f"mesh      {CFG}: 2 processes") == 1
     assert shown.count("write   100%") >= 1
     assert "warning" not in shown.lower()
-    assert sorted(path.name for path in folder.iterdir()) == ["contact.png", "events.jsonl", "job.toml", "video.mp4"]
+    files = ["contact.png", "events.jsonl", "job.toml", "report.json", "video.mp4"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert json.loads((folder / "report.json").read_text()) == report
     assert "mesh" not in (folder / "job.toml").read_text()
     events = list(jobs.load(folder).events())
-    assert [e["event"] for e in events] == ["join", "start", *["phase"] * 3, *["step"] * 2, *["phase"] * 2, "stop"]
-    assert (events[1]["mesh"], events[1]["world_size"], events[-1]["state"]) == (CFG, 2, "done")
+    assert [e["event"] for e in events] == [
+        "begin",
+        "join",
+        "start",
+        *["phase"] * 3,
+        *["step"] * 2,
+        *["phase"] * 2,
+        "stop",
+    ]
+    assert (events[2]["mesh"], events[2]["world_size"], events[-1]["state"]) == (CFG, 2, "done")
     assert multiprocessing.active_children() == []
 
 

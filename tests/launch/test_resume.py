@@ -127,7 +127,7 @@ def test_a_job_that_gets_sigterm_ends_with_a_checkpoint_and_goes_on_elsewhere(
     whole = make("whole", every=0)
     size = ["--height", "64", "--width", "96", "--frames", "9", "--steps", "60", "--guidance", "3"]
     model = ["--model", str(tiny_model), "--dtype", "fp32", "--device", "cpu"]
-    out = ["--out", str(tmp_path / "job"), "--gpus", gpus, "--checkpoint-every", "50"]
+    out = ["--out", str(tmp_path / "job"), "--gpus", gpus, "--launcher", "local", "--checkpoint-every", "50"]
     process = program("-m", "semvid.launch.cli", "run", "a red ball", *size, *model, *out)
     events = tmp_path / "job" / "events.jsonl"
     wait_for(events, process)
@@ -162,7 +162,7 @@ def test_a_job_goes_on_with_more_processes(
     assert process.wait(timeout=120) == 0, process.communicate()
     assert cli.main(["resume", str(job.folder), "--gpus", "2", "--mesh", "ring=3"]) == 2
     assert "--mesh is cfg=1,ring=3,ulysses=1, which is 1 x 3 x 1 = 3 ranks, but there are 2" in capfd.readouterr().err
-    assert cli.main(["resume", str(job.folder), "--gpus", "2", "--json"]) == 0
+    assert cli.main(["resume", str(job.folder), "--gpus", "2", "--launcher", "local", "--json"]) == 0
     out, err = capfd.readouterr()
     report = json.loads(out)
     assert (report["mesh"], report["resumed_after_step"]) == ("cfg=2,ring=1,ulysses=1", 4)

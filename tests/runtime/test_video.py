@@ -46,7 +46,7 @@ def test_without_pyav_opencv_writes_and_says_so(
 
 
 def test_a_failed_write_leaves_nothing(frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(frames: Frames, path: Path, fps: int) -> None:
+    def fail(images: object, size: object, path: Path, fps: int) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
