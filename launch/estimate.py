@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from semvid.parallel.mesh import Mesh
 from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
 from semvid.runtime import memory, published, speed
-from semvid.runtime.config import Config
+from semvid.runtime.config import Config, Linear
 from semvid.runtime.memory import Need
 
 GIB = 1 << 30
 # Of an H100; an H200 has 141 GB, that is 139 GiB as PyTorch sees it.
 DEFAULT_GPU_GIB = 79.0
 MOST_GPUS = 8
+LINEAR = typing.get_args(Linear)
 
 
 def add_estimate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -41,6 +43,7 @@ def add_estimate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add("--gpus", type=int, metavar="N", help="GPUs that share the job (default: the deployment's, else 1)")
     add("--mesh", metavar="AXES", help="how they share it (default: chosen, and said why)")
     add("--share-weights", action="store_true", help="as for run: each GPU holds a part of the transformer's weights")
+    add("--linear", choices=LINEAR, help="as for run: fp8 keeps large linear layers in a byte a weight")
     add("--gpu-memory", type=float, metavar="GIB", help=f"of each (default: this machine's, else {DEFAULT_GPU_GIB:g})")
     for name in ("height", "width", "frames", "steps"):
         add(f"--{name}", type=int, metavar="N", help="default: the deployment's, else the configuration's")
@@ -61,12 +64,14 @@ def run(
         share_weights: whether each holds a part of the weights.
 
     Raises:
-        ValueError: the mesh can't be realised, or one GPU shall share with itself.
+        ValueError: the mesh can't be realised, or weights can't be shared: there is one GPU, or they are in FP8.
     """
     mesh, why = choose_mesh(deployment, mesh_text)
     if share_weights and mesh.world_size == 1:
         raise ValueError("--share-weights with one GPU, which has nobody to share with; accepted: --gpus 2 or more")
     config = deployment.config
+    if share_weights and config.model.linear == "fp8":
+        raise ValueError("--share-weights with --linear fp8; accepted: one of them")
     need = _need(deployment, mesh, share=share_weights)
     density = speed.DENSITY if config.attention.density is None else config.attention.density
     seconds = speed.predict(deployment.model, config.video, config.attention, mesh, density=density)
@@ -90,6 +95,7 @@ def run(
         "fits": fits,
         "would_fit": None if fits else alternatives(deployment, gpu_bytes),
         "share_weights": share_weights,
+        "linear": config.model.linear,
         "steps": counts,
         "pass_seconds": asdict(seconds),
         "density": density,
@@ -126,17 +132,20 @@ def choose_mesh(deployment: Deployment, text: str | None) -> tuple[Mesh, str]:
 
 
 def alternatives(deployment: Deployment, gpu_bytes: float) -> str:
-    """Returns what would fit where the deployment does not: shared weights, more GPUs, or fewer frames."""
+    """Returns what would fit where the deployment does not: FP8 or shared weights, more GPUs, or fewer frames."""
     found = []
     mesh = meshes.choose(deployment.gpus, guided=deployment.guided)
-    if mesh.world_size > 1 and _need(deployment, mesh, share=True).peak <= gpu_bytes:
+    plain = deployment.config.model.linear == "same"
+    if plain and _need(with_linear(deployment, "fp8"), mesh).peak <= gpu_bytes:
+        found.append("--linear fp8")
+    if plain and mesh.world_size > 1 and _need(deployment, mesh, share=True).peak <= gpu_bytes:
         found.append("--share-weights")
     for gpus in range(deployment.gpus + 1, MOST_GPUS + 1):
         mesh = meshes.choose(gpus, guided=deployment.guided)
         if _need(deployment, mesh).peak <= gpu_bytes:
             found.append(f"--gpus {gpus} ({mesh})")
             break
-        if _need(deployment, mesh, share=True).peak <= gpu_bytes:
+        if plain and _need(deployment, mesh, share=True).peak <= gpu_bytes:
             found.append(f"--gpus {gpus} --share-weights ({mesh})")
             break
     mesh = meshes.choose(deployment.gpus, guided=deployment.guided)
@@ -149,6 +158,12 @@ def alternatives(deployment: Deployment, gpu_bytes: float) -> str:
     if not found:
         found.append(f"GPUs of {weights.peak / GIB:.0f} GiB and more: one frame needs as much")
     return ", or ".join(found)
+
+
+def with_linear(deployment: Deployment, linear: Linear) -> Deployment:
+    """Returns a deployment with another precision of the large linear layers: "same" or "fp8"."""
+    model = replace(deployment.config.model, linear=linear)
+    return replace(deployment, config=replace(deployment.config, model=model))
 
 
 def refuse(report: dict[str, Any]) -> None:
@@ -166,7 +181,7 @@ def _need(deployment: Deployment, mesh: Mesh, frames: int | None = None, *, shar
     video, attention = deployment.config.video, deployment.config.attention
     if frames is not None:
         video = replace(video, frames=frames)
-    how = {"guided": deployment.guided, "share_weights": share}
+    how = {"guided": deployment.guided, "share_weights": share, "fp8": deployment.config.model.linear == "fp8"}
     return memory.predict(deployment.model, video, attention, mesh, **how)
 
 
@@ -197,6 +212,8 @@ def _lines(report: dict[str, Any], need: Need) -> list[str]:
 
 def _estimate(args: argparse.Namespace) -> int:
     deployment = _deployment(args)
+    if args.linear is not None:
+        deployment = with_linear(deployment, args.linear)
     report, lines = run(deployment, args.mesh, _gpu_bytes(args.gpu_memory), share_weights=args.share_weights)
     print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)
     if args.json:

@@ -50,6 +50,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", metavar="TEXT", help="what is not to be seen (default: nothing)")
     add("--device", choices=choices(ModelConfig, "device"), help="default: auto, the GPU if there is one")
     add("--dtype", choices=choices(ModelConfig, "dtype"), help="default: auto, bf16 where the device computes in it")
+    text_8 = "fp8: the transformer's large linear layers in FP8, faster and nearly the same (default: same, as --dtype)"
+    add("--linear", choices=choices(ModelConfig, "linear"), help=text_8)
     add(
         "--backend",
         choices=choices(AttentionConfig, "backend"),
@@ -79,7 +81,7 @@ def config_of(args: argparse.Namespace, preset: str | None, preset_option: str =
     """Returns the checked configuration of a command line; loads no model."""
     file = configs.read_toml(configs.config_file(args.config), "--config") if args.config else {}
     video = {name: getattr(args, name) for name in VIDEO_OPTIONS if getattr(args, name) is not None}
-    named = {"path": args.model, "device": args.device, "dtype": args.dtype}
+    named = {"path": args.model, "device": args.device, "dtype": args.dtype, "linear": args.linear}
     model = {name: value for name, value in named.items() if value is not None}
     attention = {} if args.backend is None else {"backend": args.backend}
     table = file.get("model", {})
@@ -113,11 +115,18 @@ def replaced(args: argparse.Namespace, video: dict[str, Any]) -> Config:
 
 
 def check_device(config: Config, args: argparse.Namespace) -> None:
-    """Raises ValueError if the device or the backend asked for is not there; a cluster's can't be seen from here."""
-    asked = config.model.device == "cuda" or config.attention.backend != AttentionConfig().backend
-    if launchers.is_elsewhere(args) or not asked:
+    """Raises ValueError if the device, backend or FP8 asked for is not there; a cluster's can't be seen from here."""
+    model, fp8 = config.model, config.model.linear == "fp8"
+    asked = model.device == "cuda" or config.attention.backend != AttentionConfig().backend
+    if launchers.is_elsewhere(args) or not (asked or fp8):
         return
     from semvid.kernels.dispatch import select
     from semvid.runtime.session import resolve_device
 
-    select(config.attention.backend, resolve_device(config.model.device))
+    device = resolve_device(model.device)
+    select(config.attention.backend, device)
+    if fp8:
+        from semvid.runtime.fp8 import check_fp8
+        from semvid.runtime.models import resolve_dtype
+
+        check_fp8(device, resolve_dtype(model.dtype, device))

@@ -24,6 +24,9 @@ T = TypeVar("T")
 Layer = Mapping[str, Any]
 
 
+Linear = Literal["same", "fp8"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Which checkpoint, where and in what precision."""
@@ -34,7 +37,7 @@ class ModelConfig:
     """"auto": the GPU if there is one."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the transformer and the text encoder. "auto": bf16 where the device computes in it, else fp32."""
-    linear: Literal["same", "fp8"] = "same"
+    linear: Linear = "same"
     """Of the transformer's large linear layers. "same": as `dtype`; "fp8": weights and inputs in e4m3, nearly bf16's
     results at half the memory."""
 

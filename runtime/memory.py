@@ -76,6 +76,7 @@ def predict(
     *,
     guided: bool,
     share_weights: bool = False,
+    fp8: bool = False,
 ) -> Need:
     """Returns what a video needs on each rank of a mesh.
 
@@ -86,17 +87,19 @@ def predict(
         mesh: how the ranks share it.
         guided: whether there are two branches.
         share_weights: whether each rank holds a part of the transformers' weights.
+        fp8: whether large linear layers are in FP8, a byte a weight.
     """
     tokens = model.geometry.tokens(video)
     rows = -(-tokens // mesh.sequence)
     transformers = parameters(model) * len(model.family.transformers)
+    saved = heavy_parameters(model) * len(model.family.transformers) if fp8 else 0
     if share_weights:
         # A rank's part, and two blocks gathered: the one that runs and the next.
         transformers = transformers // mesh.world_size + 2 * parameters(model) // model.geometry.layers
     apart = guided and mesh.cfg == 1 and attention.share_branches == "no"
     tiled = is_tiled(model.vae, video.frames, video.height, video.width)
     return Need(
-        weights=HALF * transformers + SINGLE * model.vae_parameters,
+        weights=HALF * transformers - saved + SINGLE * model.vae_parameters,
         encoders=HALF * sum(encoder.parameters for encoder in model.encoders),
         activations=_activations(model, rows, per_token=model.family.name == "wan2.2-ti2v"),
         windows=_windows(model, rows) if mesh.sequence > 1 and mesh.ring == 1 else 0,
@@ -122,6 +125,16 @@ def parameters(model: Published) -> int:
     block = 8 * width**2 + 2 * width * inner + image
     ends = 7 * width**2 + width**2 + width * (table["text_dim"] + table["freq_dim"])
     return int(table["num_layers"] * block + ends)
+
+
+def heavy_parameters(model: Published) -> int:
+    """Returns those of one transformer's large linear layers, which `semvid.runtime.fp8` can keep in a byte each."""
+    table, width, inner = model.transformer, model.width, model.feed_forward
+    if "num_single_layers" in table:
+        double = 4 * width**2 + 2 * width * inner
+        single = 3 * width**2 + width * inner + (width + inner) * width
+        return int(table["num_layers"] * double + table["num_single_layers"] * single)
+    return int(table["num_layers"] * (6 * width**2 + 2 * width * inner))
 
 
 def is_tiled(vae: Mapping[str, Any], frames: int, height: int, width: int) -> bool:

@@ -184,14 +184,17 @@ def load_pipeline(
     if share:
         for transformer in transformers_of(pipeline, family):
             share_weights(transformer.requires_grad_(False), family.blocks(transformer))
+    if model.linear == "fp8":
+        ops = dispatch.select("auto", device)
+        for transformer in transformers_of(pipeline, family):
+            for block in family.blocks(transformer):
+                # One after the other, so that the device never holds them all as they were.
+                quantize_linears([block.to(device)], family.facts.heavy, ops)
     if device.type != "cpu":
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and (encoders == "device" or "encoder" not in name):
                 part.to(device)
         prefer_cudnn(pipeline, family)
-    if model.linear == "fp8":
-        for transformer in transformers_of(pipeline, family):
-            quantize_linears(family.blocks(transformer), family.facts.heavy, dispatch.select("auto", device))
     return pipeline
 
 

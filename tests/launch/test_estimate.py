@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixt
     assert code == 2
     assert not report["fits"]
     assert "--gpus is 1, on which denoise is predicted to take" in err
-    assert "would fit: --gpus " in err
+    assert "would fit: --linear fp8, or --gpus 2 " in err
     assert "--frames " in err
     code = main(["estimate", "--config", "wan2.1-14b-720p", "--gpu-memory", "20"])
     assert code == 2
@@ -103,3 +103,23 @@ def test_a_deployment_without_its_table_is_refused(tmp_path: Path) -> None:
     path.write_text('[deployment]\nmodel = "toy"\ngpus = "two"\n')
     with pytest.raises(ValueError, match="deployment.gpus is 'two'; accepted: a whole number"):
         deployments.read(path)
+
+
+def test_fp8_halves_the_large_layers_and_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    deployment = deployments.read(Path("wan2.1-14b-720p"), gpus=1)
+    plain, fp8 = (estimate.run(d, None, 139 * GIB)[0] for d in (deployment, estimate.with_linear(deployment, "fp8")))
+    # 40 layers of six matrices of 5120² and two of 5120 x 13,824, a byte less each.
+    saved = 40 * (6 * 5120**2 + 2 * 5120 * 13824)
+    assert plain["bytes"]["weights"] - fp8["bytes"]["weights"] == saved
+    between = (plain["peak_bytes"] + fp8["peak_bytes"]) / 2 / GIB
+    assert main(["estimate", "--config", "wan2.1-14b-720p", "--gpus", "1", "--gpu-memory", f"{between}"]) == 2
+    assert "would fit: --linear fp8" in capsys.readouterr().err
+    assert (
+        main(
+            ["estimate", "--config", "wan2.1-14b-720p", "--gpus", "1", "--gpu-memory", f"{between}", "--linear", "fp8"]
+        )
+        == 0
+    )
+    words = ["--gpus", "2", "--share-weights", "--linear", "fp8"]
+    assert main(["estimate", "--config", "wan2.1-14b-720p", *words]) == 2
+    assert "accepted: one of them" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Linear layers in FP8: close to the layers that were, in every family, and refused where they can't be."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from semvid.kernels.dispatch import select
-from semvid.runtime import denoise, load_pipeline, sparsify
+from semvid.launch.cli import main
+from semvid.runtime import denoise, folder, load_pipeline, sparsify
 from semvid.runtime.config import Config
 from semvid.runtime.families import facts
 from semvid.runtime.fp8 import Linear8, apply_all, check_fp8, quantize_linears
@@ -103,3 +105,17 @@ def test_an_old_gpu_and_another_dtype_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ValueError, match="'fp8' with float16; accepted: model.dtype bf16"):
         check_fp8(torch.device("cuda"), torch.float16)
+
+
+def test_shared_weights_are_refused_with_it(tiny_config: Make) -> None:
+    config = tiny_config()
+    both = replace(config, model=replace(config.model, linear="fp8"), job=replace(config.job, share_weights=True))
+    with pytest.raises(ValueError, match="share_weights is True with model.linear 'fp8'; accepted: one of them"):
+        folder.check(both, folder.inspect(Path(config.model.path)))
+
+
+def test_the_command_line_asks_for_it(tmp_path: Path) -> None:
+    words = ["run", "a red ball", "--linear", "fp8", "--steps", "2", "--height", "64", "--width", "96", "--frames", "5"]
+    assert main([*words, "--device", "cpu", "--out", str(tmp_path / "job")]) == 0
+    text = (tmp_path / "job" / "job.toml").read_text()
+    assert 'linear = "fp8"' in text
