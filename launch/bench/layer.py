@@ -103,7 +103,8 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
         axes.spines[["top", "right"]].set_visible(False)
     plots[0].set_ylabel("ms of a call on rank 0 (number: median of the slowest rank)", fontsize=8)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5 if len(shapes) == 1 else 8, fontsize=8, frameon=False)
+    columns = 5 if len(shapes) == 1 else 8
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(f"{report['device']}, torch {report['versions']['torch']}, commit {report['commit']}", fontsize=9)
     figure.savefig(path, dpi=90)
     return None
