@@ -18,6 +18,7 @@ from semvid.launch.bench import quality_methods, quality_plot, quality_report
 from semvid.launch.bench.quality_methods import Method, config_of
 from semvid.launch.bench.quality_probe import ROWS, Probe
 from semvid.launch.bench.quality_rivals import by_blocks, by_exact_mass
+from semvid.launch.bench.quality_settings import read_settings
 from semvid.parallel.phases import recording
 from semvid.runtime import denoise, folder, models
 from semvid.runtime.config import AttentionConfig, Config, VideoConfig, resolve
@@ -51,6 +52,8 @@ class Options:
     probe_every: int = 4
     """The sparse calls of every so-many-th step are compared with exact attention."""
     device: str = "auto"
+    settings: Path | None = None
+    """A file of settings beside the built-in methods; see `read_settings`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +68,11 @@ class Made:
     phase_ms: dict[str, float]
 
 
-def check(options: Options) -> Config:
-    """Returns the configuration of the dense runs; loads no model.
+def check(options: Options) -> tuple[Config, list[Method]]:
+    """Returns the configuration of the dense runs, and the methods that are compared with them; loads no model.
 
     Raises:
-        ValueError: a size that the model can't make, an unknown method or a number out of range.
+        ValueError: a size that the model can't make, an unknown method, a setting or a number that is not accepted.
     """
     accepted = {"prompts": f"1 .. {len(PROMPTS)}", "steps": "2 or more", "probe_every": "1 or more"}
     fits = {
@@ -90,9 +93,21 @@ def check(options: Options) -> Config:
     model = {"path": options.model, "device": options.device}
     config = resolve(None, {"video": video, "model": model}, checkpoint=folder.defaults(where), preset="dense")
     folder.check(config, geometry)
-    for method in quality_methods.chosen(quality_methods.methods(geometry.tokens(config.video)), options.methods):
-        folder.check(replace(config, attention=config_of(method)), geometry)
-    return config
+    wanted = _wanted(options, geometry.tokens(config.video))
+    for method in wanted:
+        try:
+            folder.check(replace(config, attention=config_of(method)), geometry)
+        except ValueError as error:
+            raise ValueError(f"method {method.name}: {error}") from None
+    return config, wanted
+
+
+def _wanted(options: Options, tokens: int) -> list[Method]:
+    """Returns the methods to run, built-in ones first."""
+    methods = quality_methods.methods(tokens)
+    if options.settings is not None:
+        methods += read_settings(options.settings, methods)
+    return quality_methods.chosen(methods, options.methods)
 
 
 def run(options: Options, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
@@ -108,15 +123,14 @@ def run(options: Options, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     Raises:
         ValueError: as `check`, or `out` holds a report of other options.
     """
-    config = check(options)
+    config, wanted = check(options)
+    geometry = folder.inspect(folder.locate(options.model))
+    report = _begin(options, out, geometry.tokens(config.video))
+    _check_kept(report, wanted)
     models.quiet()
     out.mkdir(parents=True, exist_ok=True)
-    geometry = folder.inspect(folder.locate(options.model))
-    tokens = geometry.tokens(config.video)
-    report = _begin(options, out, tokens)
     pipeline = models.load_pipeline(folder.locate(config.model.path), config.model)
     report |= env.surroundings(pipeline.device.type)
-    wanted = quality_methods.chosen(quality_methods.methods(tokens), options.methods)
     bench = _Bench(pipeline, options, report, out, say)
     for number, prompt in enumerate(PROMPTS[: options.prompts]):
         bench.prompt(replace(config.video, prompt=prompt, seed=number), number, wanted)
@@ -280,6 +294,18 @@ def _begin(options: Options, out: Path, tokens: int) -> dict[str, Any]:
             )
         return found
     return {**what, "rows_compared": ROWS, "prompts": list(PROMPTS), "runs": []}
+
+
+def _check_kept(report: dict[str, Any], wanted: Sequence[Method]) -> None:
+    """Raises ValueError if a method that was measured before has other settings now: its figures would be kept."""
+    settings = {method.name: json.loads(json.dumps(dict(method.attention))) for method in wanted}
+    for found in report["runs"]:
+        now = settings.get(found["method"], found["attention"])
+        differing = sorted(key for key in {*now, *found["attention"]} if now.get(key) != found["attention"].get(key))
+        if differing:
+            raise ValueError(
+                f"--out holds a run of {found['method']} with another {differing[0]}; accepted: another folder or name"
+            )
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

@@ -9,6 +9,17 @@ from pathlib import Path
 from semvid.launch.bench.quality_methods import FAMILIES
 from semvid.runtime import job as jobs
 
+SETTINGS = """\
+A settings file (--settings) measures settings of one's own beside the built-in methods:
+
+  [methods.finer]            # a name, for --methods, the table and the plots
+  base = "ours"              # what it begins from: ours (default), svg2, or a preset: balanced, quality, turbo
+  family = "fine-keys"       # its curve in the plots: ours, svg2, own (default), or a new name
+  key_clusters = 4000        # any option of [attention], over those of the base
+  p = 0.8
+
+The goals are read off each of these curves that has two points or more."""
+
 
 def add_quality(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds `quality` to what `bench` can measure."""
@@ -16,6 +27,8 @@ def add_quality(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         "quality",
         help="how close each method comes to dense attention, at what density and in what time",
         description="Make videos of fixed prompts and seeds with every method and compare them with dense ones.",
+        epilog=SETTINGS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=_quality, parser=parser)
@@ -25,7 +38,9 @@ def add_quality(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add("--steps", type=int, metavar="N", default=30, help="denoising steps (default: %(default)s)")
     add("--prompts", type=int, metavar="N", default=2, help="how many, each with its own seed (default: %(default)s)")
     families = ", ".join(FAMILIES)
-    add("--methods", nargs="+", metavar="NAME", default=[], help=f"names, or families: {families} (default: all)")
+    add("--methods", nargs="+", metavar="NAME", default=[], help=f"names, or families: {families}, own (default: all)")
+    text = "settings of your own beside the built-in methods: a TOML file of tables [methods.NAME], see below"
+    add("--settings", metavar="FILE", type=Path, help=text)
     text = "compare the calls of every so-many-th step with exact attention (default: %(default)s)"
     add("--probe-every", type=int, metavar="N", default=4, help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, the GPU if there is one")
@@ -45,6 +60,7 @@ def _quality(args: argparse.Namespace) -> int:
         methods=tuple(word for part in args.methods for word in part.split(",") if word),
         probe_every=args.probe_every,
         device=args.device,
+        settings=args.settings,
     )
     out = args.out or jobs.default_folder("bench-quality")
     report, lines = quality.run(options, out, lambda line: print(line, file=sys.stderr, flush=True))

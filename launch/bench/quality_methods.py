@@ -1,7 +1,7 @@
 """The methods that `semvid bench quality` compares: settings of our attention, and others by their way of selecting."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from semvid.runtime.config import AttentionConfig, cluster_counts, presets, resolve
@@ -63,20 +63,21 @@ def methods(tokens: int) -> list[Method]:
         Method(name="svg2-branches-share", family="schedule", attention={"share_branches": "yes"}),
         *(_blocks(block, p) for block, p in BLOCKS),
         Method(name="oracle-p0.9", family="oracle", attention=_oracle(0.9), rival="oracle"),
-        *(Method(name=f"preset-{name}", family="presets", attention=_preset(name)) for name in _own_presets()),
+        *(Method(name=f"preset-{name}", family="presets", attention=preset_layer(name)) for name in own_presets()),
     ]
 
 
 def chosen(all_methods: Sequence[Method], words: Sequence[str]) -> list[Method]:
-    """Returns the methods that names or families pick, all of them without any.
+    """Returns the methods that names or families pick, all of them without any, in the order of `all_methods`.
 
     Raises:
         ValueError: a word that is neither.
     """
     names = [method.name for method in all_methods]
+    families = list(dict.fromkeys(method.family for method in all_methods))
     for word in words:
-        if word not in names and word not in FAMILIES:
-            raise ValueError(f"--methods is {word!r}; accepted: {', '.join(FAMILIES)}, or {', '.join(names)}")
+        if word not in names and word not in families:
+            raise ValueError(f"--methods is {word!r}; accepted: {', '.join(families)}, or {', '.join(names)}")
     return [method for method in all_methods if not words or method.name in words or method.family in words]
 
 
@@ -84,6 +85,17 @@ def config_of(method: Method) -> AttentionConfig:
     """Returns the whole setting of a method."""
     layer = {"video": {"prompt": "-"}, "attention": method.attention}
     return resolve(None, layer, preset="svg2").attention
+
+
+def own_presets() -> list[str]:
+    """Returns the names of the presets that are neither dense nor svg2."""
+    return [name for name in presets() if name not in ("dense", "svg2")]
+
+
+def preset_layer(name: str) -> dict[str, Any]:
+    """Returns all options of a preset, so that nothing of svg2 shows through where they are laid over it."""
+    found = asdict(resolve(None, {"video": {"prompt": "-"}}, preset=name).attention)
+    return {**found, "clusters": list(found["clusters"])}
 
 
 def _at(name: str, p: float) -> str:
@@ -114,14 +126,3 @@ def _blocks(block: int, p: float) -> Method:
 
 def _oracle(p: float) -> dict[str, Any]:
     return {**OURS, "p": p, "tail": "none", "selection": "mass", "refresh_every": 3}
-
-
-def _own_presets() -> list[str]:
-    return [name for name in presets() if name not in ("dense", "svg2")]
-
-
-def _preset(name: str) -> dict[str, Any]:
-    found = resolve(None, {"video": {"prompt": "-"}}, preset=name).attention
-    # All options, so that nothing of svg2 shows through; the table of counts is the same.
-    skipped = ("clusters", "backend", "query_clusters", "key_clusters")
-    return {f.name: getattr(found, f.name) for f in fields(found) if f.name not in skipped}
