@@ -1,6 +1,7 @@
 """The command line: what `semvid --help` lists. What is wrong is said first, in one line."""
 
 import argparse
+import dataclasses
 import difflib
 import json
 import sys
@@ -256,6 +257,9 @@ def _check_gpus(gpus: int, device: str) -> None:
 def _compare(args: argparse.Namespace) -> int:
     presets = {"preset": args.preset, "against": args.against}
     config = {side: config_of(args, name, f"--{side}") for side, name in presets.items()}
+    # FP8 is what is judged, never the yardstick.
+    exact = dataclasses.replace(config["against"].model, linear="same")
+    config["against"] = dataclasses.replace(config["against"], model=exact)
     folder = args.out or jobs.default_folder(config["preset"].video.prompt)
     for side in presets:
         launchers.check_sharing(config[side], 1)

@@ -1,5 +1,6 @@
 """Linear layers in FP8: close to the layers that were, in every family, and refused where they can't be."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +120,26 @@ def test_the_command_line_asks_for_it(tmp_path: Path) -> None:
     assert main([*words, "--device", "cpu", "--out", str(tmp_path / "job")]) == 0
     text = (tmp_path / "job" / "job.toml").read_text()
     assert 'linear = "fp8"' in text
+
+
+def test_compare_judges_it_by_the_layers_that_were(tmp_path: Path) -> None:
+    words = [
+        "compare",
+        "a red ball",
+        "--linear",
+        "fp8",
+        "--steps",
+        "2",
+        "--height",
+        "64",
+        "--width",
+        "96",
+        "--frames",
+        "5",
+    ]
+    both = ["--preset", "dense", "--against", "dense"]
+    assert main([*words, *both, "--device", "cpu", "--dtype", "fp32", "--out", str(tmp_path / "c")]) == 0
+    report = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert not report["same_frames"]
+    assert 25 < report["mean_psnr"] < 80
+    assert 'linear = "same"' in (tmp_path / "c" / "against" / "job.toml").read_text()
