@@ -1,15 +1,17 @@
 """New clusters of one layer and branch, and what follows from them: what stand-ins weigh, map, plans, exchange."""
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import BlockMap, Clusters, Plan
+from semvid.kernels.layout import BlockMap, Clusters, Permutation
+from semvid.parallel import anchors
+from semvid.parallel.anchors import Share
 from semvid.parallel.budget import Rule, columns, density, find_map
 from semvid.parallel.collectives import broadcast_all
-from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
+from semvid.parallel.exchange import Counts, Layout, layout, plan_exchange
 from semvid.parallel.kmeans import Refined, over, refine_with
 from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, sides_of
 from semvid.parallel.phases import phase
@@ -51,7 +53,7 @@ def refresh(
         return _received(q, session, before)._replace(step=session.here().step, interval=interval), None
     found, weights, means = _cluster(q, k, v, session, _starts(q, k, session, layer, todo), todo, before)
     queries, keys = found.clusters
-    rule, bias = _rule(session.config), None
+    rule, bias = _rule(session.config, _num_tokens(q, session)), None
     if weights is not None and session.config.selection == "error":
         bias = weights.bias
     memory = _place(q, k, v, session, queries, keys, rule, bias)._replace(
@@ -73,12 +75,10 @@ def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory
     assert memory.bits is not None, "a checkpoint has the map"
     if memory.counts is not None:
         whole = GlobalMap(memory.bits, Ck, memory.counts)
-        exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
-        return memory._replace(plans=plans, exchange=exchange, counts=None)
+        return memory._replace(counts=None, **_planned_across(q, k, v, session, whole, queries, keys))
     with phase("plan"):
         block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
-        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-    return memory._replace(plans=[plan], bits=None)
+        return memory._replace(bits=None, **_planned(queries, keys, block_map, session))
 
 
 def has_tail(config: AttentionConfig) -> bool:
@@ -86,8 +86,24 @@ def has_tail(config: AttentionConfig) -> bool:
     return config.tail != "none" and (config.p < 1 or config.density is not None)
 
 
-def _rule(config: AttentionConfig) -> Rule:
-    return Rule(config.p, config.floor, config.density, config.head_floor, has_tail(config))
+def has_anchors(config: AttentionConfig) -> bool:
+    """Returns whether anchors are computed: with p = 1 they lack nothing, and the result is dense exactly."""
+    return config.anchors == "yes" and (config.p < 1 or config.density is not None)
+
+
+def share_of_anchors(queries: Clusters, session: Session) -> Share:
+    """Returns which of all anchors this rank brings."""
+    ranks = session.ranks
+    return Share(ranks.shard, ranks.mesh.sequence, queries.centroids.shape[1])
+
+
+def _rule(config: AttentionConfig, tokens: int) -> Rule:
+    density = config.density
+    if density is not None and has_anchors(config):
+        # They take their part of it: C rows of all keys and C of this density.
+        share = cluster_counts(config, tokens)[0] / tokens
+        density = (density - share) / (1 + share)
+    return Rule(config.p, config.floor, density, min(config.head_floor, density or 1.0), has_tail(config))
 
 
 def _cluster(
@@ -129,24 +145,50 @@ def _place(
         with phase("map"):
             block_map = find_map(sides, rule, ops, mean_over(q.shape[0], None))
             share = density(block_map, sides, ops, tail=rule.tail)
+            if has_anchors(session.config):
+                share += anchors.cost(columns(block_map, keys.sizes, tail=rule.tail), q.shape[1])
         with phase("plan"):
-            runs = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-        return Memory(queries, keys, share, [runs])
+            return Memory(queries, keys, share, **_planned(queries, keys, block_map, session))
     whole = gather_map(queries, keys, rule, ops, session.ranks, bias)
-    exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
-    return Memory(queries, keys, whole.density(), plans, exchange, whole.bits)
+    share = whole.density()
+    if has_anchors(session.config):
+        share += anchors.cost(whole.counts.keys_computed, session.shard.total)
+    return Memory(queries, keys, share, bits=whole.bits, **_planned_across(q, k, v, session, whole, queries, keys))
 
 
-def _plan_across(
+def _planned(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Session) -> dict[str, Any]:
+    """Returns what a memory of a whole sequence has of its map: plans, and the order of queries and anchors."""
+    order = _anchored(queries, session)
+    if order is not None:
+        block_map = anchors.select_all(block_map, keys.sizes)
+    rows = queries.permutation if order is None else order
+    return {"plans": [session.ops.plan(rows.offsets, keys.permutation.offsets, block_map)], "anchored": order}
+
+
+def _anchored(queries: Clusters, session: Session) -> Permutation | None:
+    """Returns the order of this rank's queries and anchors; None without anchors."""
+    if not has_anchors(session.config):
+        return None
+    return anchors.order_of(queries, share_of_anchors(queries, session), session.ops)
+
+
+def _planned_across(
     q: Tensor, k: Tensor, v: Tensor, session: Session, whole: GlobalMap, queries: Clusters, keys: Clusters
-) -> tuple[Exchange, list[Plan]]:
-    """Returns the exchange of a map and what this rank computes of it, hop by hop."""
-    ops, orders = session.ops, (queries.permutation, keys.permutation)
+) -> dict[str, Any]:
+    """Returns what a memory of a shard has of its map: exchange, plans hop by hop, order of queries and anchors."""
+    ops, counts, of_queries, of_q = session.ops, whole.counts, _anchored(queries, session), layout(q)
+    if of_queries is not None:
+        # As `with_anchors` lays them, head by head; PyTorch's strides take no rows for one.
+        counts, of_q = anchors.counted(counts), Layout(max(1, of_queries.order.shape[1]), 1)
+    orders = (queries.permutation if of_queries is None else of_queries, keys.permutation)
     with phase("plan"):
-        layouts, direct = (layout(q), layout(k), layout(v)), session.windows is not None
-        exchange = plan_exchange(whole.counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
+        layouts, direct = (of_q, layout(k), layout(v)), session.windows is not None
+        exchange = plan_exchange(counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
-        return exchange, [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+        if of_queries is not None:
+            block_map = anchors.select_all(block_map, keys.sizes[exchange.heads])
+        plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+    return {"exchange": exchange, "plans": plans, "anchored": of_queries}
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
@@ -167,10 +209,14 @@ def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -
         ]
 
 
+def _num_tokens(q: Tensor, session: Session) -> int:
+    """Returns the tokens of the whole sequence."""
+    return q.shape[1] if session.shard is None else session.shard.total
+
+
 def _num_labels(q: Tensor, session: Session) -> int:
     """Returns how many labels queries and keys of all heads have, over all ranks."""
-    tokens = q.shape[1] if session.shard is None else session.shard.total
-    return 2 * q.shape[0] * tokens
+    return 2 * q.shape[0] * _num_tokens(q, session)
 
 
 def _shared_parts(memory: Memory) -> list[Tensor]:
@@ -187,7 +233,7 @@ def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
     Every rank of both branches must enter, that one with its `_shared_parts`.
     """
     ops, ranks, (H, n, D) = session.ops, session.ranks, q.shape
-    tokens = n if session.shard is None else session.shard.total
+    tokens = _num_tokens(q, session)
     tail, counted = has_tail(session.config), session.config.refresh == "drift" and before is not None
     Cq, Ck = cluster_counts(session.config, tokens)
     shapes = [((H, n), torch.int32), ((H, Cq, D), torch.float32), ((H, Cq), torch.int32)]
