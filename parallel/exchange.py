@@ -102,11 +102,11 @@ class Exchange:
     q_offsets: Tensor
     """int32 [pieces, Cq + 1]: the runs of each piece's query clusters; most are empty in a part of a head."""
     home: Tensor
-    """int32 [1, rows]: where each returning row belongs in [tokens, H] rows."""
+    """int32 [1, rows]: where each returning row belongs in [q_rows, H] rows."""
     hops: list[Hop]
     """The own ring row first."""
-    tokens: int
-    """Of this rank's shard."""
+    q_rows: int
+    """Of q on this rank: its tokens, and anchors."""
     num_heads: int
     room: tuple[int, int]
     """Rows of the largest joined queries and of the largest joined keys of any rank."""
@@ -122,9 +122,9 @@ class Exchange:
         return there + sum(self.queries.received) - self.queries.received[rank]
 
     def rows_home(self, returned: Tensor, ops: Ops) -> Tensor:
-        """Returns rows that came back as [H, tokens, D], a view of memory in the order [tokens, H, D]."""
-        rows = ops.scatter_rows(returned[None], self.home, self.tokens * self.num_heads)
-        return rows.view(self.tokens, self.num_heads, returned.shape[1]).transpose(0, 1)
+        """Returns rows that came back as [H, q_rows, D], a view of memory in the order [q_rows, H, D]."""
+        rows = ops.scatter_rows(returned[None], self.home, self.q_rows * self.num_heads)
+        return rows.view(self.q_rows, self.num_heads, returned.shape[1]).transpose(0, 1)
 
 
 def flat_rows(x: Tensor) -> Tensor:
@@ -169,9 +169,11 @@ def plan_exchange(
         direct: plan for `windows`; the ring axis must be 1.
     """
     assert not direct or ranks.mesh.ring == 1, "windows serve one ring row"
-    q_counts, keys_computed = _on_host([counts.queries, counts.keys_computed])
+    # Every head has every token.
+    k_tokens = counts.keys[:, :1].sum((1, 2), dtype=torch.int32)
+    q_counts, k_tokens_there, keys_computed = _on_host([counts.queries, k_tokens, counts.keys_computed])
     with phase("plan on host", on_host=True):
-        plan = draw_up(q_counts, keys_computed, ranks, place_work)
+        plan = draw_up(q_counts, k_tokens_there, keys_computed, ranks, place_work)
     mesh, place, H = ranks.mesh, ranks.place, counts.queries.shape[1]
     legs = [plan.queries, *plan.keys]
     tables = _on_device([x for leg in legs for x in (leg.spans, leg.goals, leg.pieces, leg.begins)], counts.queries)
@@ -203,7 +205,7 @@ def plan_exchange(
         q_offsets,
         home.source,
         [Hop(keys, values, offsets) for (keys, values), offsets in hops],
-        plan.tokens,
+        plan.q_rows,
         H,
         (plan.queries.room, plan.keys[0].room),
         layouts,

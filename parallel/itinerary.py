@@ -49,15 +49,16 @@ class Itinerary(NamedTuple):
     queries: Leg
     keys: list[Leg]
     """One for each ring row, the own one first; values go the same way."""
-    tokens: int
-    """Of this rank's shard."""
+    q_rows: int
+    """Of this rank's shard: its tokens, and anchors."""
 
 
-def draw_up(q_counts: Ints, keys_computed: Ints, ranks: Ranks, place_work: Placement) -> Itinerary:
+def draw_up(q_counts: Ints, k_tokens: Ints, keys_computed: Ints, ranks: Ranks, place_work: Placement) -> Itinerary:
     """Returns one rank's movements. Every rank draws up the same: what one receives is what the others send.
 
     Args:
-        q_counts: int64 [P, H, Cq], each shard's tokens in each query cluster.
+        q_counts: int64 [P, H, Cq], each shard's rows of q in each query cluster.
+        k_tokens: int64 [P], each shard's tokens; anchors make its rows of q more.
         keys_computed: int64 [H, Cq], keys that each query cluster computes.
         ranks: the mesh and this rank's place on it.
         place_work: cuts the work of a ring row into parts.
@@ -65,11 +66,11 @@ def draw_up(q_counts: Ints, keys_computed: Ints, ranks: Ranks, place_work: Place
     mesh, place = ranks.mesh, ranks.place
     by_row = q_counts.reshape(mesh.ring, mesh.ulysses, *q_counts.shape[1:])
     parts = [place_work(row.sum(0), keys_computed, mesh.ulysses) for row in by_row]
-    # Every head has every token.
-    tokens = [int(shard[0].sum()) if len(shard) else 0 for shard in q_counts]
-    keys = [_key_leg(parts, tokens, ranks, hop) for hop in range(mesh.ring)]
+    # Every head has every row.
+    rows = [int(shard[0].sum()) if len(shard) else 0 for shard in q_counts]
+    keys = [_key_leg(parts, k_tokens.tolist(), ranks, hop) for hop in range(mesh.ring)]
     mine = parts[place.ring][place.ulysses]
-    return Itinerary(mine, _query_leg(by_row[place.ring], parts[place.ring], tokens, ranks), keys, tokens[ranks.shard])
+    return Itinerary(mine, _query_leg(by_row[place.ring], parts[place.ring], rows, ranks), keys, rows[ranks.shard])
 
 
 def _query_leg(row_counts: Ints, parts: Sequence[Sequence[Piece]], tokens: Sequence[int], ranks: Ranks) -> Leg:

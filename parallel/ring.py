@@ -87,10 +87,10 @@ def attend_through_windows(
     with phase("wait"):
         windows.barrier()
     with phase("return"):
-        home = torch.empty(1, exchange.tokens * exchange.num_heads, q.shape[2], dtype=q.dtype, device=q.device)
+        home = torch.empty(1, exchange.q_rows * exchange.num_heads, q.shape[2], dtype=q.dtype, device=q.device)
         for rank, part in _others_first(route, me):
             ops.copy_rows(views[rank].results, route.target[:, part], home, exchange.home[:, part])
-        return home.view(exchange.tokens, exchange.num_heads, q.shape[2]).transpose(0, 1)
+        return home.view(exchange.q_rows, exchange.num_heads, q.shape[2]).transpose(0, 1)
 
 
 def _used(view: Tensor, route: Route) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import Clusters, Plan
+from semvid.kernels.layout import Clusters, Permutation, Plan
 from semvid.parallel.exchange import Counts, Exchange
 from semvid.parallel.maps import pack_bits
 from semvid.runtime.schedule import Refreshed
@@ -57,6 +57,9 @@ class Memory(NamedTuple):
     """Steps since the refresh before it, as they were planned; 0: it was seeded."""
     drift: Changed | float | None = None
     """The share of labels that it changed, or what will tell it; None where nobody counts."""
+    anchored: Permutation | None = None
+    """The order of this rank's queries and anchors, see `semvid.parallel.anchors`; None without anchors, or where the
+    memory comes from a checkpoint."""
 
     def refreshed(self) -> Refreshed:
         """Returns what the schedule reads; waits for a count that is on its way."""
@@ -65,7 +68,9 @@ class Memory(NamedTuple):
 
     def map_bits(self) -> Tensor:
         """Returns the map of all heads, uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first lowest."""
-        return pack_bits(self.plans[0].block_map.selected) if self.bits is None else self.bits
+        # The plan's may have one more query cluster, of all anchors.
+        Cq = self.queries.centroids.shape[1]
+        return pack_bits(self.plans[0].block_map.selected[:, :Cq]) if self.bits is None else self.bits
 
 
 @dataclass(slots=True)

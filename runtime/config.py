@@ -102,6 +102,9 @@ class AttentionConfig:
     tail: Literal["none", "first", "second"] = "none"
     """"first": key clusters that are not selected enter through their mean key and mean value. "second": weighed by the
     spread of the cluster's keys too."""
+    anchors: Literal["no", "yes"] = "no"
+    """"yes": the mean of each query cluster is computed over all keys too, and what its sparse result lacks is added to
+    the cluster's queries."""
     dense_steps: float = 0.2
     """Share of the steps, from the first, that stay dense; rounded down to whole steps."""
     dense_layers: int = 1
@@ -323,13 +326,17 @@ def _check_reuse(attention: AttentionConfig) -> None:
 
 def check_tokens(attention: AttentionConfig, tokens: int) -> None:
     """Raises ValueError if a sequence of `tokens` tokens can't have the clusters or the density asked for."""
-    _, keys = cluster_counts(attention, tokens)
-    least = keys / tokens if attention.tail != "none" else 0.0
+    queries, keys = cluster_counts(attention, tokens)
+    parts = {f"the stand-ins of {keys} key clusters": keys} if attention.tail != "none" else {}
+    if attention.anchors == "yes":
+        # Each is one row of all keys, and one of the least that a row can have.
+        parts[f"the anchors of {queries} query clusters"] = round(queries * (1 + sum(parts.values()) / tokens))
+    least = sum(parts.values()) / tokens
     _require(
         attention.density is None or attention.density > least,
         "attention.density",
         attention.density,
-        f"more than {least:.4f}: so much do the stand-ins of {keys} key clusters cost {tokens} tokens",
+        f"more than {least:.4f}: so much do {' and '.join(parts)} cost {tokens} tokens",
     )
 
 

@@ -130,6 +130,11 @@ def check(config: Config, geometry: Geometry) -> None:
     check_options(config.video, geometry.family)
     if config.job.share_weights and config.model.linear == "fp8":
         raise ValueError("job.share_weights is True with model.linear 'fp8'; accepted: one of them")
+    if config.attention.anchors == "yes" and geometry.family.joint:
+        title = geometry.family.title
+        raise ValueError(
+            f"attention.anchors is 'yes', which {title} with its text in the sequence has not; accepted: no"
+        )
     if config.attention.method == "clusters":
         check_tokens(config.attention, geometry.tokens(config.video))
 

@@ -1,15 +1,17 @@
 """New clusters of one layer and branch, and what follows from them: what stand-ins weigh, map, plans, exchange."""
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import BlockMap, Clusters, Plan
+from semvid.kernels.layout import BlockMap, Clusters, Permutation
+from semvid.parallel import anchors
+from semvid.parallel.anchors import Share
 from semvid.parallel.budget import Rule, columns, density, find_map
 from semvid.parallel.collectives import broadcast_all
-from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
+from semvid.parallel.exchange import Counts, Layout, layout, plan_exchange
 from semvid.parallel.kmeans import Refined, over, refine_with
 from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, pack_bits, sides_of
 from semvid.parallel.phases import phase
@@ -54,7 +56,7 @@ def refresh(
     starts = _starts(video_q, video_k, session, layer, todo)
     found, weights, means = _cluster(video_q, video_k, video_v, session, starts, todo, before)
     queries, keys = found.clusters
-    rule, bias = _rule(session.config), None
+    rule, bias = _rule(session.config, _num_tokens(q, session)), None
     if weights is not None and session.config.selection == "error":
         bias = weights.bias
     memory = _place(q, k, v, session, queries, keys, rule, bias)._replace(
@@ -77,14 +79,14 @@ def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory
     assert memory.bits is not None, "a checkpoint has the map"
     if memory.counts is not None:
         whole = _counted(GlobalMap(memory.bits, Ck, memory.counts), prompt)
-        exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
-        return memory._replace(queries=queries, keys=keys, plans=plans, exchange=exchange, counts=None)
+        planned = _planned_across(q, k, v, session, whole, queries, keys)
+        return memory._replace(queries=queries, keys=keys, counts=None, **planned)
     with phase("plan"):
         block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
         if prompt is not None:
             block_map = prompt.selected(block_map)
-        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-    return memory._replace(queries=queries, keys=keys, plans=[plan], bits=None if prompt is None else memory.bits)
+        planned = _planned(queries, keys, block_map, session)
+    return memory._replace(queries=queries, keys=keys, bits=None if prompt is None else memory.bits, **planned)
 
 
 def has_tail(config: AttentionConfig) -> bool:
@@ -92,8 +94,24 @@ def has_tail(config: AttentionConfig) -> bool:
     return config.tail != "none" and (config.p < 1 or config.density is not None)
 
 
-def _rule(config: AttentionConfig) -> Rule:
-    return Rule(config.p, config.floor, config.density, config.head_floor, has_tail(config))
+def has_anchors(config: AttentionConfig) -> bool:
+    """Returns whether anchors are computed: with p = 1 they lack nothing, and the result is dense exactly."""
+    return config.anchors == "yes" and (config.p < 1 or config.density is not None)
+
+
+def share_of_anchors(queries: Clusters, session: Session) -> Share:
+    """Returns which of all anchors this rank brings."""
+    ranks = session.ranks
+    return Share(ranks.shard, ranks.mesh.sequence, queries.centroids.shape[1])
+
+
+def _rule(config: AttentionConfig, tokens: int) -> Rule:
+    density = config.density
+    if density is not None and has_anchors(config):
+        # They take their part of it: C rows of all keys and C of this density.
+        share = cluster_counts(config, tokens)[0] / tokens
+        density = (density - share) / (1 + share)
+    return Rule(config.p, config.floor, density, min(config.head_floor, density or 1.0), has_tail(config))
 
 
 def _cluster(
@@ -134,8 +152,10 @@ def _place(
         return _place_whole(session, queries, keys, rule, bias)
     whole = _counted(gather_map(queries, keys, rule, session.ops, session.ranks, bias), prompt)
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
-    exchange, plans = _plan_across(q, k, v, session, whole, queries, keys)
-    return Memory(queries, keys, whole.density(), plans, exchange, whole.bits)
+    share = whole.density()
+    if has_anchors(session.config):
+        share += anchors.cost(whole.counts.keys_computed, session.shard.total)
+    return Memory(queries, keys, share, bits=whole.bits, **_planned_across(q, k, v, session, whole, queries, keys))
 
 
 def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule, bias: Tensor | None) -> Memory:
@@ -148,10 +168,11 @@ def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule
             bits, block_map = pack_bits(block_map.selected), prompt.selected(block_map)
             sides = sides._replace(q_sizes=prompt.sized(sides.q_sizes), k_sizes=prompt.sized(sides.k_sizes))
         share = density(block_map, sides, ops, tail=rule.tail)
+        if has_anchors(session.config):
+            share += anchors.cost(columns(block_map, keys.sizes, tail=rule.tail), queries.labels.shape[1])
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     with phase("plan"):
-        runs = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-    return Memory(queries, keys, share, [runs], bits=bits)
+        return Memory(queries, keys, share, bits=bits, **_planned(queries, keys, block_map, session))
 
 
 def _ordered(side: Clusters, prompt: Prompt | None) -> Clusters:
@@ -164,18 +185,41 @@ def _counted(whole: GlobalMap, prompt: Prompt | None) -> GlobalMap:
     return whole if prompt is None else whole._replace(counts=prompt.counted(whole.counts))
 
 
-def _plan_across(
+def _planned(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Session) -> dict[str, Any]:
+    """Returns what a memory of a whole sequence has of its map: plans, and the order of queries and anchors."""
+    order = _anchored(queries, session)
+    if order is not None:
+        block_map = anchors.select_all(block_map, keys.sizes)
+    rows = queries.permutation if order is None else order
+    return {"plans": [session.ops.plan(rows.offsets, keys.permutation.offsets, block_map)], "anchored": order}
+
+
+def _anchored(queries: Clusters, session: Session) -> Permutation | None:
+    """Returns the order of this rank's queries and anchors; None without anchors."""
+    if not has_anchors(session.config):
+        return None
+    return anchors.order_of(queries, share_of_anchors(queries, session), session.ops)
+
+
+def _planned_across(
     q: Tensor, k: Tensor, v: Tensor, session: Session, whole: GlobalMap, queries: Clusters, keys: Clusters
-) -> tuple[Exchange, list[Plan]]:
-    """Returns the exchange of a map and what this rank computes of it, hop by hop."""
-    ops, orders = session.ops, (queries.permutation, keys.permutation)
+) -> dict[str, Any]:
+    """Returns what a memory of a shard has of its map: exchange, plans hop by hop, order of queries and anchors."""
+    ops, counts, of_queries, of_q = session.ops, whole.counts, _anchored(queries, session), layout(q)
+    if of_queries is not None:
+        # As `with_anchors` lays them, head by head; PyTorch's strides take no rows for one.
+        counts, of_q = anchors.counted(counts), Layout(max(1, of_queries.order.shape[1]), 1)
+    orders = (queries.permutation if of_queries is None else of_queries, keys.permutation)
     with phase("plan"):
-        layouts, direct = (layout(q), layout(k), layout(v)), session.windows is not None
-        exchange = plan_exchange(whole.counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
+        layouts, direct = (of_q, layout(k), layout(v)), session.windows is not None
+        exchange = plan_exchange(counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
         if session.prompt is not None:
             block_map = session.prompt.selected(block_map)
-        return exchange, [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+        if of_queries is not None:
+            block_map = anchors.select_all(block_map, keys.sizes[exchange.heads])
+        plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+    return {"exchange": exchange, "plans": plans, "anchored": of_queries}
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
@@ -196,10 +240,14 @@ def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -
         ]
 
 
+def _num_tokens(q: Tensor, session: Session) -> int:
+    """Returns the tokens of the whole sequence."""
+    return q.shape[1] if session.shard is None else session.shard.total
+
+
 def _num_labels(q: Tensor, session: Session) -> int:
     """Returns how many labels queries and keys of all heads have, over all ranks."""
-    tokens = q.shape[1] if session.shard is None else session.shard.total
-    return 2 * q.shape[0] * tokens
+    return 2 * q.shape[0] * _num_tokens(q, session)
 
 
 def _shared_parts(memory: Memory) -> list[Tensor]:
@@ -216,7 +264,7 @@ def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
     Every rank of both branches must enter, that one with its `_shared_parts`.
     """
     ops, ranks, (H, n, D) = session.ops, session.ranks, q.shape
-    tokens = n if session.shard is None else session.shard.total
+    tokens = _num_tokens(q, session)
     tail, counted = has_tail(session.config), session.config.refresh == "drift" and before is not None
     Cq, Ck = cluster_counts(session.config, tokens)
     shapes = [((H, n), torch.int32), ((H, Cq, D), torch.float32), ((H, Cq), torch.int32)]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from semvid.kernels.dense import dense_pieces
 from semvid.kernels.layout import Permutation, Tail
+from semvid.parallel.anchors import corrected, with_anchors
 from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
 from semvid.parallel.kmeans import means_of
 from semvid.parallel.phases import phase
@@ -13,7 +14,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import Memory
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import Means, plan_again, refresh
+from semvid.runtime.refresh import Means, plan_again, refresh, share_of_anchors
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
@@ -55,10 +56,26 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory = plan_again(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)
     session.meter.count_sparse(memory.density)
-    out = _attend(q, k, v, session, memory, _tail(k, v, session, memory, means))
+    tail = _tail(k, v, session, memory, means)
+    if memory.anchored is None:
+        out = _attend(q, k, v, session, memory, tail)
+    else:
+        out = _attend_with_anchors(q, k, v, session, memory, tail)
     if session.probe is not None:
         session.probe(layer, q, k, v, out, memory)
     return out
+
+
+def _attend_with_anchors(
+    q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory, tail: Tail | None
+) -> Tensor:
+    """Returns attention as `_attend`, each row with what the anchor of its query cluster lacks."""
+    ops, group, queries = session.ops, session.ranks.sequence, memory.queries
+    share = share_of_anchors(queries, session)
+    rows = with_anchors(q, queries, share, ops, group)
+    out = _attend(rows, k, v, session, memory, tail)
+    with phase("anchors"):
+        return corrected(out, queries, share, ops, group)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory, tail: Tail | None) -> Tensor:
@@ -71,7 +88,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory, t
             return ops.attention(q, k, v, plans[hop], out=out, tail=tail if hop == 0 else None)
 
         return _across(q, k, v, memory.exchange, attend, session)
-    by_query, by_key = memory.queries.permutation.order, memory.keys.permutation.order
+    by_query = (memory.queries.permutation if memory.anchored is None else memory.anchored).order
+    by_key = memory.keys.permutation.order
     with phase("pack"):
         queries, keys, values = ops.gather_rows(q, by_query), ops.gather_rows(k, by_key), ops.gather_rows(v, by_key)
     with phase("attend"):

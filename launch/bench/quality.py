@@ -34,7 +34,7 @@ PROMPTS = (
     "three rodents on a tree root in a meadow",
 )
 # The run whose clusters the oracle's map is compared on.
-GAP = "ours-p0.5"
+GAP = "ours-0.1"
 WARM_UP = {"steps": 4, "every": 2}
 
 

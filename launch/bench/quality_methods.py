@@ -8,8 +8,8 @@ from semvid.runtime.config import AttentionConfig, cluster_counts, presets, reso
 
 # The point that the parts are switched off from, and that its counts of clusters and its interval are varied around.
 OURS: Mapping[str, Any] = {
-    "p": 0.5,
-    "floor": 0.0,
+    "p": 0.05,
+    "floor": 0.1,
     "selection": "error",
     "tail": "second",
     "seeding": "spread",
@@ -20,6 +20,7 @@ OURS: Mapping[str, Any] = {
 }
 # Each part of ours as it is in svg2.
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
+    "floor": {"floor": 0.0, "p": 0.5},
     "tail": {"tail": "none", "selection": "mass"},
     "spread": {"tail": "first"},
     "error-selection": {"selection": "mass"},
@@ -27,7 +28,8 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "reuse": {"refresh_every": 1, "iterations": 2},
     "sharing": {"share_branches": "no"},
 }
-FRONT = (0.05, 0.2, 0.35, 0.5, 0.8, 0.9)
+# Floors of ours; the last has about the density of svg2-p0.9.
+FRONT = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.42)
 SVG2_FRONT = (0.7, 0.9, 0.95)
 INTERVALS = (1, 5, 40)
 # Blocks of so many tokens, and p.
@@ -54,8 +56,8 @@ def methods(tokens: int) -> list[Method]:
     return [
         Method(name="dense-other-backend", family="noise", attention={"method": "dense"}),
         *(Method(name=_at("svg2", p), family="svg2", attention={"p": p}) for p in SVG2_FRONT),
-        *(Method(name=_at("ours", p), family="ours", attention={**OURS, "p": p}) for p in FRONT),
-        *(_without(part, change, OURS["p"]) for part, change in WITHOUT.items()),
+        *(_ours(f"ours-{floor:g}", "ours", {"floor": floor}) for floor in FRONT),
+        *(_ours(f"ours-without-{part}", "without", change) for part, change in WITHOUT.items()),
         *_cluster_counts(tokens),
         *(_ours(f"ours-every-{n}", "interval", {"refresh_every": n}) for n in INTERVALS),
         _ours("ours-growing", "schedule", {"refresh": "growing", "refresh_every": 2, "refresh_most": 10}),
@@ -106,10 +108,6 @@ def _ours(name: str, family: str, change: Mapping[str, Any]) -> Method:
     return Method(name=name, family=family, attention={**OURS, **change})
 
 
-def _without(part: str, change: Mapping[str, Any], p: float) -> Method:
-    return _ours(_at(f"ours-without-{part}", p), "without", {**change, "p": p})
-
-
 def _cluster_counts(tokens: int) -> list[Method]:
     query, key = cluster_counts(config_of(Method(name="", family="")), tokens)
     return [
@@ -125,4 +123,4 @@ def _blocks(block: int, p: float) -> Method:
 
 
 def _oracle(p: float) -> dict[str, Any]:
-    return {**OURS, "p": p, "tail": "none", "selection": "mass", "refresh_every": 3}
+    return {**OURS, "p": p, "floor": 0.0, "tail": "none", "selection": "mass", "refresh_every": 3}

@@ -50,6 +50,8 @@ def _method(where: str, name: str, table: Any, taken: set[str]) -> Method:
         raise ValueError(f"{where} is the name of a built-in method or family; accepted: another name")
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} is {table!r}; accepted: a table of options of [attention], base and family")
+    if any(isinstance(value, Mapping) for value in table.values()):
+        raise ValueError(f'{where} holds a table; accepted: options. A name with a dot is quoted: [methods."a-0.5"]')
     change = dict(table)
     base, family = change.pop("base", BASE), change.pop("family", FAMILY)
     known = bases()

@@ -41,7 +41,7 @@ def qkv(N: int = 150) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_a_small_run_reports_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
-    names = ("svg2-p0.9", "ours-p0.5", "blocks-64-p0.9", "oracle-p0.9", "noise")
+    names = ("svg2-p0.9", "ours-0.1", "blocks-64-p0.9", "oracle-p0.9", "noise")
     options = quality.as_options(
         str(tiny_model), "17x64x96", steps=5, prompts=1, methods=names[:2], probe_every=2, device="cpu"
     )
@@ -58,7 +58,7 @@ def test_a_small_run_reports_and_goes_on(tiny_model: Path, tmp_path: Path) -> No
     ]
     assert all(0 <= call["recall"] <= 1 for call in ours["calls"])
     assert {"seed", "cluster", "map", "means", "attend"} <= ours["phase_ms"].keys()
-    assert any(line.startswith("ours-p0.5 ") for line in lines)
+    assert any(line.startswith("ours-0.1 ") for line in lines)
     assert {path.suffix for path in (tmp_path / "q").iterdir()} == {".json", ".png", ".safetensors"}
 
     more = quality.as_options(str(tiny_model), "17x64x96", steps=5, prompts=1, methods=names, probe_every=2)

@@ -34,7 +34,8 @@ def test_a_table_is_laid_over_its_base(tmp_path: Path) -> None:
     built_in = methods(1620)
     few, more = read_settings(written(tmp_path, TWO), built_in)
     assert (few.name, few.family, more.name, more.family) == ("few", "own", "more", "wide")
-    ours, svg2 = config_of(built_in[4]), resolve(None, {"video": {"prompt": "-"}}, preset="svg2").attention
+    (first,) = [method for method in built_in if method.name == "ours-0.1"]
+    ours, svg2 = config_of(first), resolve(None, {"video": {"prompt": "-"}}, preset="svg2").attention
     assert config_of(few) == type(ours)(**{**_options(ours), "p": 0.3, "key_clusters": 30})
     assert config_of(more).p == 0.8
     assert config_of(more).refresh_every == svg2.refresh_every
@@ -57,8 +58,9 @@ def test_a_base_is_the_whole_preset(name: str, tmp_path: Path) -> None:
         ("[method.a]", "holds 'method'; accepted: tables [methods.NAME]"),
         ("[methods]\na = 1", "methods.a is 1; accepted: a table of options"),
         ("[methods.'a b']", "methods.a b is no name; accepted: letters, digits"),
+        ("[methods.a-0.5]", "methods.a-0 holds a table; accepted: options. A name with a dot is quoted"),
         ("[methods.dense]", "methods.dense is the name of a built-in method or family; accepted: another name"),
-        ("[methods.'ours-p0.5']", "methods.ours-p0.5 is the name of a built-in method or family"),
+        ("[methods.'ours-0.1']", "methods.ours-0.1 is the name of a built-in method or family"),
         ("[methods.a]\nbase = 'mine'", "methods.a.base is 'mine'; accepted: ours, svg2, balanced, quality, turbo"),
         ("[methods.a]\nfamily = 'noise'", "methods.a.family is 'noise'; accepted: ours, svg2, own, or a new name"),
         ("[methods.a]\np = 2", "methods.a: attention.p is 2.0; accepted: 0 < p <= 1"),

@@ -45,8 +45,12 @@ def tokens(H: int, N: int, D: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return q.mul(0.7), k.mul(0.7), v
 
 
-def session(ranks: Ranks, N: int, p: float, backend: str, device: torch.device, seed: int = 3) -> Session:
-    config = AttentionConfig(p=p, floor=0.05, query_clusters=min(N, 5), key_clusters=min(N, 7))
+def session(
+    ranks: Ranks, N: int, p: float, backend: str, device: torch.device, seed: int = 3, anchors: str = "no"
+) -> Session:
+    config = AttentionConfig(
+        p=p, floor=0.05, query_clusters=min(N, 5), key_clusters=min(N, 7), anchors="yes" if anchors == "yes" else "no"
+    )
     made = Session(config, select(backend, device), seed, ranks)
     if ranks.mesh.sequence > 1:
         made.shard = Shard(ranks.shard, ranks.mesh.sequence, N)
@@ -83,6 +87,7 @@ def _equals_one_rank(
     backend: str,
     cases: list[tuple[int, int, str]],
     masses: tuple[float, ...],
+    anchors: str = "no",
 ) -> None:
     # Small tiles, so that toy heads are cut in many places.
     balance.TILE_ROWS, balance.TILE_OVERHEAD_KEYS = 4, 2
@@ -97,9 +102,9 @@ def _equals_one_rank(
         assert (windows is not None) == (device.type == "cuda" and mesh.ring == 1)
         for (H, N, kind), p in itertools.product(cases, masses):
             q, k, v = (x.to(device) for x in tokens(H, N, 16, kind))
-            alone = session(Ranks(), N, p, backend, device)
+            alone = session(Ranks(), N, p, backend, device, anchors=anchors)
             expected = run(alone, q, k, v)
-            made = session(ranks, N, p, backend, device)
+            made = session(ranks, N, p, backend, device, anchors=anchors)
             made.windows = windows
             shard = made.shard
             assert shard is not None
@@ -126,6 +131,15 @@ def _equals_one_rank(
 def test_every_mesh_gives_what_one_rank_gives(world: int, meshes: list[Mesh], spawn: Callable[..., None]) -> None:
     # On four ranks 5 tokens make shards of 2, 2, 1 and 0: one is all padding.
     spawn(world, _equals_one_rank, meshes, "reference", CASES, (0.6, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("world", "meshes"),
+    [(2, [Mesh(ulysses=2), Mesh(ring=2)]), (3, [Mesh(ulysses=3)]), (4, [Mesh(ring=2, ulysses=2)])],
+)
+def test_anchors_travel_as_the_tokens_do(world: int, meshes: list[Mesh], spawn: Callable[..., None]) -> None:
+    # On three and four ranks some bring no anchor of 5 clusters, or none of a single one.
+    spawn(world, _equals_one_rank, meshes, "reference", CASES, (0.6,), "yes")
 
 
 @pytest.mark.parametrize("C", [1, 7, 8, 9, 64, 1001])

@@ -40,6 +40,7 @@ SETTINGS = {
     "tail": ("svg2", TAIL),
     "drift": ("svg2", DRIFT),
     "shared": ("svg2", {**TAIL, "refresh_every": 10}),
+    "anchors": ("svg2", {**TAIL, "refresh_every": 10, "anchors": "yes"}),
 }
 Make = Callable[..., Config]
 
@@ -440,7 +441,7 @@ def save(result: Any, job: Job) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["once", "shared"])
+@pytest.mark.parametrize("kind", ["once", "shared", "anchors"])
 def test_a_job_goes_on_with_another_number_of_processes_and_another_mesh(
     kind: str, make: Make, pipeline: Any, tiny_model: Path, tmp_path: Path, spawn: Callable[..., None]
 ) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,11 @@ def test_a_density_below_what_stand_ins_cost_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention.density is 0.1; accepted: more than 0.1000: so much do the stand"):
         check_tokens(attention, 200)
     check_tokens(AttentionConfig(density=0.1, key_clusters=20), 200)
+    # 20 stand-ins a row; 10 rows of 200 keys and 10 of 20 stand-ins.
+    both = AttentionConfig(tail="first", anchors="yes", density=0.155, key_clusters=20, query_clusters=10)
+    with pytest.raises(ValueError, match=r"0.1550: so much do the stand-ins of 20 .* and the anchors of 10 query clus"):
+        check_tokens(both, 200)
+    check_tokens(dataclasses.replace(both, density=0.16), 200)
 
 
 def test_a_preset_may_say_where_it_was_measured(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def _configs(tiny_config: Callable[..., Config]) -> dict[str, Config]:
         "free": tiny_config(attention=SETTINGS | {"p": 0.7, "floor": 0.1}, **SIZE),
         "tail replayed": tiny_config(attention=SETTINGS | TAIL | {"p": 0.5}, **SIZE),
         "tail free": tiny_config(attention=SETTINGS | TAIL | SHARED | {"density": 0.5}, **SIZE),
+        "anchors replayed": tiny_config(attention=SETTINGS | TAIL | {"p": 0.5, "anchors": "yes"}, **SIZE),
+        "anchors free": tiny_config(attention=SETTINGS | TAIL | SHARED | {"density": 0.6, "anchors": "yes"}, **SIZE),
     }
 
 

@@ -134,9 +134,57 @@ def test_under_kept_labels_means_are_those_of_the_step() -> None:
     assert torch.equal(found, session.ops.scatter_rows(out, order[0]))
 
 
-def test_the_density_of_the_job_is_met_layer_by_layer() -> None:
+@pytest.mark.parametrize("tail", ["none", "second"])
+def test_rows_get_what_the_anchor_of_their_cluster_lacks(tail: str) -> None:
+    x = q, k, v = qkv(257)
+    session, plain = (make(p=0.3, tail=tail, refresh_every=5, anchors=anchors) for anchors in ("yes", "no"))
+    for step in range(2):
+        for one in (session, plain):
+            one.enter(Position(step, 10, "cond"))
+        found, sparse = call(session, x), call(plain, x)
+        clusters = session.cache.get(1, "cond").queries
+        (means,) = means_of([q], clusters, session.ops)
+        # The means in the place of the queries, each in its cluster: what the sparse call makes of them.
+        of_means = make(p=0.3, tail=tail, refresh_every=5)
+        first = plain.cache.get(1, "cond")
+        order = of_means.ops.group(torch.arange(5, dtype=torch.int32).expand(3, 5).contiguous(), 5)
+        runs = of_means.ops.plan(order.offsets, first.keys.permutation.offsets, first.plans[0].block_map)
+        grouped = [of_means.ops.gather_rows(y, first.keys.permutation.order) for y in (k, v)]
+        stand_ins = None if tail == "none" else Tail(*means_of([k, v], first.keys, of_means.ops), first.log_n)
+        made, _ = of_means.ops.attention(means, *grouped, runs, tail=stand_ins)
+        lacking = scaled_dot_product_attention(means, k, v) - made
+        expected = sparse + torch.gather(lacking, 1, clusters.labels.long()[..., None].expand(-1, -1, 16))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        q, k, v = x = tuple(y + 0.1 * torch.randn(y.shape) for y in x)
+
+
+def test_anchors_bring_the_result_closer_at_the_same_map() -> None:
+    x = tuple(part / 3 for part in qkv(600))
+    for tail, share in (("none", 0.5), ("second", 0.9)):
+        without, found = (error(make(p=0.3, tail=tail, query_clusters=20, anchors=a), x) for a in ("no", "yes"))
+        assert found < share * without
+
+
+def test_with_a_cluster_a_query_anchors_bring_all_and_cost_as_much() -> None:
+    x = qkv(40)
+    session = make(p=0.3, anchors="yes", query_clusters=40, first_iterations=1)
+    torch.testing.assert_close(call(session, x), exact(x), rtol=1e-4, atol=1e-5)
+    plain = make(p=0.3, query_clusters=40, first_iterations=1)
+    call(plain, x)
+    assert session.meter.read().sparse == pytest.approx(2 * plain.meter.read().sparse + 1)
+
+
+def test_with_p_one_anchors_are_left_out() -> None:
+    x = qkv()
+    session = make(p=1.0, anchors="yes")
+    torch.testing.assert_close(call(session, x), exact(x), rtol=1e-5, atol=1e-5)
+    assert session.meter.read().sparse == 1.0
+
+
+@pytest.mark.parametrize("anchors", ["no", "yes"])
+def test_the_density_of_the_job_is_met_layer_by_layer(anchors: str) -> None:
     for tail in ("none", "second"):
-        session = make(density=0.4, tail=tail, query_clusters=20, key_clusters=40)
+        session = make(density=0.4, tail=tail, query_clusters=20, key_clusters=40, anchors=anchors)
         call(session, tuple(part / 3 for part in qkv(600)))
         assert session.meter.read().sparse == pytest.approx(0.4, rel=0.1)
 
