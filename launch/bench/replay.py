@@ -1,6 +1,7 @@
 """Recorded densities in a model of random weights: each layer's map is made, and then replaced by a drawn one."""
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,9 +73,15 @@ class Replay:
         return self.real._replace(top_p_map=self._map)
 
     def follow(self, attentions: list[Any]) -> None:
-        """Notes from now on which of the attention modules computes."""
+        """Notes from now on which of the attention modules computes.
+
+        By hooks, since diffusers asks a processor's signature what to hand it.
+        """
         for layer, attention in enumerate(attentions):
-            attention.set_processor(_Noting(self, layer, attention.processor))
+            attention.register_forward_pre_hook(partial(self._note, layer))
+
+    def _note(self, layer: int, *_: Any) -> None:
+        self.layer = layer
 
     def _map(self, q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, *rule: Any, **more: Any) -> BlockMap:
         self.real.top_p_map(q_centroids, k_centroids, k_sizes, *rule, **more)
@@ -95,14 +102,3 @@ class Replay:
         generator = torch.Generator(k_sizes.device).manual_seed(seed)
         even = torch.ones(H, Cq, dtype=torch.int32, device=k_sizes.device)
         return draw_block_map(even, k_sizes, densities, generator).selected
-
-
-class _Noting:
-    """A processor that says which layer it is of."""
-
-    def __init__(self, replay: Replay, layer: int, inner: Any) -> None:
-        self.replay, self.layer, self.inner = replay, layer, inner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.replay.layer = self.layer
-        return self.inner(*args, **kwargs)

@@ -28,7 +28,7 @@ def add_e2e(add_parser: AddParser) -> None:
     )
     parser.set_defaults(run=_e2e, parser=parser)
     add, names = parser.add_argument, ", ".join(configs.deployments())
-    add("--config", metavar="NAME|FILE", type=Path, required=True, help=f"a deployment: {names}; on a CPU toy")
+    add("--config", metavar="NAME|FILE", type=Path, required=True, help=f"a deployment: {names}; on a CPU a toy")
     add("--preset", metavar="NAME", help="whose schedule a video is computed from (default: the deployment's)")
     text = "numbers of GPUs, one after the other (default: the deployment's)"
     add("--gpus", dest="world_sizes", metavar="N,N", help=text)

@@ -9,6 +9,7 @@ from semvid.launch.deployment import Deployment
 
 Part = Literal["transformer", "vae", "text"]
 PARTS: tuple[str, ...] = typing.get_args(Part)
+TOYS = ("toy", "toy-joint")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,15 +62,14 @@ def check_e2e(options: E2eOptions) -> None:
     _require(density is None or LEAST_DENSITY <= density <= 1, "--density", density, f"{LEAST_DENSITY} .. 1")
     _require(0 < options.density_scale <= 10, "--density-scale", options.density_scale, "more than 0, up to 10")
     _require(options.repeats >= 1, "--repeats", options.repeats, "1 or more")
-    joint = options.deployment.model.family.joint
-    _require(
-        not (options.usp and joint), "--usp", options.deployment.name, "a Wan model, whose attention masks nothing"
-    )
+    if options.usp and options.deployment.model.family.joint:
+        name = options.deployment.name
+        raise ValueError(f"--usp is not for --config {name}, whose attention masks padding; accepted: a Wan model")
     for part in options.parts:
         _require(part in PARTS, "--parts", part, ", ".join(PARTS))
-    if options.device == "cpu" and options.deployment.model.name != "toy":
+    if options.device == "cpu" and options.deployment.model.name not in TOYS:
         name = options.deployment.name
-        raise ValueError(f"--config is {name!r}, which takes GPUs; accepted on a CPU: toy")
+        raise ValueError(f"--config is {name!r}, which takes GPUs; accepted on a CPU: {', '.join(TOYS)}")
 
 
 def check_throughput(options: ThroughputOptions) -> None:

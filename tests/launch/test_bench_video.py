@@ -44,6 +44,24 @@ def test_e2e_measures_every_kind_on_one_and_two_ranks(tmp_path: Path, capsys: py
     assert [row["encoder"] for row in one["text"]] == ["umt5"]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_e2e_measures_a_joint_sequence(world: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "e2e", "--config", "toy-joint", "--device", "cpu", "--repeats", "1", "--fp8", "--json"]
+    assert main([*words, "--gpus", str(world), "--out", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)["worlds"][str(world)]
+    sparse = ["first", "refresh", "reuse", "dense, ours"]
+    stock = ["dense, diffusers native"] if world == 1 else []
+    assert [row["name"] for row in found["rows"]] == [*stock, *sparse, *(f"{name}, fp8" for name in sparse)]
+    assert found["drawn_layers"] == 2
+    assert [row["encoder"] for row in found["text"]] == ["llama", "clip"]
+
+
+def test_usp_is_not_for_a_joint_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "e2e", "--config", "toy-joint", "--device", "cpu", "--usp", "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert "--usp is not for --config toy-joint, whose attention masks padding" in capsys.readouterr().err
+
+
 def test_a_video_is_computed_from_its_schedule() -> None:
     def rows(suffix: str, *seconds: float) -> list[dict[str, object]]:
         names = (f"{name}{suffix}" for name in ("first", "refresh", "reuse", "dense, ours"))
@@ -70,7 +88,10 @@ def test_a_video_is_computed_from_its_schedule() -> None:
         (["--usp"], "--usp can't run here: "),
         (["--parts", "sound"], "--parts is 'sound'; accepted: transformer, vae, text"),
         (["--gpus", "x"], "--gpus is 'x'; accepted: whole numbers"),
-        (["--config", "hunyuan-720p"], "--config is 'hunyuan-720p', which takes GPUs; accepted on a CPU: toy"),
+        (
+            ["--config", "hunyuan-720p"],
+            "--config is 'hunyuan-720p', which takes GPUs; accepted on a CPU: toy, toy-joint",
+        ),
     ],
 )
 def test_bad_options_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
