@@ -74,7 +74,8 @@ def run(
         raise ValueError("--share-weights with --linear fp8; accepted: one of them")
     need = _need(deployment, mesh, share=share_weights)
     density = speed.DENSITY if config.attention.density is None else config.attention.density
-    seconds = speed.predict(deployment.model, config.video, config.attention, mesh, density=density)
+    fp8 = config.model.linear == "fp8"
+    seconds = speed.predict(deployment.model, config.video, config.attention, mesh, density=density, fp8=fp8)
     counts = step_kinds(deployment)
     passes = deployment.branches // mesh.cfg
     dense = passes * config.video.steps * seconds.dense

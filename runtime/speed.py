@@ -6,15 +6,16 @@ from semvid.parallel.mesh import Mesh
 from semvid.runtime.config import AttentionConfig, VideoConfig, cluster_counts
 from semvid.runtime.published import Published
 
-# One H200, bf16, 40 heads x 75,600 tokens x 128 (docs/performance.md): a block with dense cuDNN attention takes 298.4
-# ms, its attention 207; an attention call of density 0.30 takes 89.9 ms with clusters reused and 94.6 with two
-# iterations of k-means.
-DENSE_TFLOPS = 566.0
-SPARSE_TFLOPS = 390.0
-LINEAR_TFLOPS = 497.0
-ITERATION_TFLOPS = 430.0
-# Two GPUs are 1.94 times as fast as one, and so on: what is left of each doubling.
-DOUBLING = 0.97
+# One H200, whole Wan 14B at 75,600 tokens (docs/performance.md), seconds of a pass: dense 12.56 with diffusers' blocks and
+# 11.85 with ours, reuse at density 0.298 5.995, refresh 6.214, first 11.74; with linear layers in FP8 reuse 4.85.
+DENSE_TFLOPS = 525.0
+SPARSE_TFLOPS = 480.0
+STOCK_LINEAR_TFLOPS = 496.0
+LINEAR_TFLOPS = 615.0
+FP8_TFLOPS = 1006.0
+ITERATION_TFLOPS = 345.0
+# Two GPUs are 1.92 times as fast as one, and so on: what is left of each doubling.
+DOUBLING = 0.96
 DENSITY = 0.3
 
 
@@ -33,7 +34,13 @@ class Seconds:
 
 
 def predict(
-    model: Published, video: VideoConfig, attention: AttentionConfig, mesh: Mesh, *, density: float = DENSITY
+    model: Published,
+    video: VideoConfig,
+    attention: AttentionConfig,
+    mesh: Mesh,
+    *,
+    density: float = DENSITY,
+    fp8: bool = False,
 ) -> Seconds:
     """Returns the seconds of a forward pass of each kind on H200s that share one sequence.
 
@@ -43,11 +50,12 @@ def predict(
         attention: says clusters, iterations and dense layers.
         mesh: how the ranks share it.
         density: of the sparse layers.
+        fp8: whether large linear layers are in FP8.
     """
     tokens, geometry = model.geometry.tokens(video), model.geometry
     share = mesh.sequence * DOUBLING ** (mesh.sequence.bit_length() - 1)
     pairs = 4 * tokens**2 * model.width / 1e12
-    linear = geometry.layers * _linear_tflop(model, tokens) / LINEAR_TFLOPS
+    linear = geometry.layers * _linear_tflop(model, tokens) / _linear_rate(attention, fp8=fp8)
     dense = pairs / DENSE_TFLOPS
     sparse = pairs * density / SPARSE_TFLOPS
     query, key = cluster_counts(attention, tokens)
@@ -70,3 +78,10 @@ def _linear_tflop(model: Published, tokens: int) -> float:
     width, inner = model.width, model.feed_forward
     projections = 4 if model.family.joint else 6
     return 2 * tokens * (projections * width**2 + 2 * width * inner) / 1e12
+
+
+def _linear_rate(attention: AttentionConfig, *, fp8: bool) -> float:
+    """Returns TFLOP/s of linear layers and all that stands between them; dense pipelines keep diffusers' blocks."""
+    if fp8:
+        return FP8_TFLOPS
+    return STOCK_LINEAR_TFLOPS if attention.method == "dense" else LINEAR_TFLOPS
