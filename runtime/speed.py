@@ -6,8 +6,8 @@ from semvid.parallel.mesh import Mesh
 from semvid.runtime.config import AttentionConfig, VideoConfig, cluster_counts
 from semvid.runtime.published import Published
 
-# One H200, whole Wan 14B at 75,600 tokens (docs/performance.md), seconds of a pass: dense 12.56 with diffusers' blocks and
-# 11.85 with ours, reuse at density 0.298 5.995, refresh 6.214, first 11.74; with linear layers in FP8 reuse 4.85.
+# One H200, whole Wan 14B at 75,600 tokens (docs/performance.md), seconds of a pass: dense 12.56 with diffusers' blocks
+# and 11.85 with ours, reuse at density 0.298 5.995, refresh 6.214, first 11.74; with linear layers in FP8 reuse 4.85.
 DENSE_TFLOPS = 525.0
 SPARSE_TFLOPS = 480.0
 STOCK_LINEAR_TFLOPS = 496.0

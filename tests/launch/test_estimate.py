@@ -19,7 +19,9 @@ def test_every_deployment_can_be_read_and_fits_an_h200(name: str) -> None:
     report, lines = estimate.run(deployment, None, 139 * GIB)
     assert report["fits"], lines
     assert sum(report["steps"].values()) == deployment.config.video.steps
-    assert 0 < report["denoise_seconds"] <= report["dense_denoise_seconds"] * 1.2
+    # A toy's attention is less than fifty iterations of its k-means.
+    most = 5 if name.startswith("toy") else 1
+    assert 0 < report["denoise_seconds"] <= report["dense_denoise_seconds"] * most
 
 
 def test_the_mesh_is_said_with_its_reason() -> None:
