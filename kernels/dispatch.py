@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import BlockMap, Permutation, Plan
+from semvid.kernels.layout import BlockMap, Permutation, Plan, Rows8
 
-_TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary", "routes")
+_TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary", "routes", "fused", "fp8")
 # Each backend's modules, an op is taken from the first that has it; the best backend comes last.
 MODULES = {
     "reference": ("reference",),
@@ -46,6 +46,10 @@ class Ops(NamedTuple):
     attention: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     norm_rotary: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
+    add_gated: Callable[..., Tensor]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    quantize_rows: Callable[..., Rows8]
+    linear8: Callable[[Rows8, Rows8, Tensor | None, torch.dtype], Tensor]
     source_rows: Callable[..., list[Tensor]]
     target_rows: Callable[[Tensor, Tensor, Tensor, int, int, int], tuple[Tensor, Tensor]]
     unpack_map: Callable[[Tensor, Tensor, int], Tensor]

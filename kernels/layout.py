@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = float(torch.finfo(FP8).max)
+
 
 class Permutation(NamedTuple):
     """A stable order of tokens by label: the tokens of a cluster are one run."""
@@ -29,6 +32,15 @@ class Clusters(NamedTuple):
     """int32 [H, C]: tokens in each cluster, over all ranks."""
     permutation: Permutation
     """The local tokens in the order of their labels."""
+
+
+class Rows8(NamedTuple):
+    """A matrix by rows in FP8, each row with a scale of its own."""
+
+    values: Tensor
+    """float8_e4m3fn [..., K]."""
+    scales: Tensor
+    """fp32 [..., 1]: value · scale is what was meant."""
 
 
 class BlockMap(NamedTuple):
@@ -130,6 +142,31 @@ def result_like(q: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
+def new_rows8(x: Tensor) -> Rows8:
+    """Returns rows of x's shape in FP8, not yet written."""
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    return Rows8(values, torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device))
+
+
+def check_same(name: str, t: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError if t is there and has another shape or dtype than x."""
+    if t is not None and (t.shape != x.shape or t.dtype != x.dtype):
+        raise ValueError(f"{name} must be {x.dtype} {list(x.shape)}, not {t.dtype} {list(t.shape)}")
+
+
+def check_per_row(name: str, t: Tensor, x: Tensor) -> Tensor:
+    """Returns t over the rows of x [B, N, C], [B, N, C] with strides of 0 where it is the same for all.
+
+    Raises:
+        ValueError: t is neither [C] nor [1 or B, 1 or N, C].
+    """
+    C = x.shape[-1]
+    fits = all(have in (1, want) for have, want in zip(t.shape[:-1], x.shape, strict=False))
+    if t.dim() not in (1, 3) or t.shape[-1] != C or not fits:
+        raise ValueError(f"{name} must be [{C}] or [1 or {x.shape[0]}, 1 or {x.shape[1]}, {C}], not {list(t.shape)}")
+    return (t if t.stride(-1) == 1 else t.contiguous()).expand(x.shape)
+
+
 def check_rotary(x: Tensor, weight: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> tuple[int, int, int]:
     """Returns (B, N, D) of the inputs of `norm_rotary`.
 
@@ -140,8 +177,8 @@ def check_rotary(x: Tensor, weight: Tensor, cosines: Tensor, sines: Tensor, head
     D = width // heads
     if D * heads != width or D % 2:
         raise ValueError(f"x is {width} wide; accepted: heads · D with D even, heads {heads}")
-    if tuple(weight.shape) != (width,):
-        raise ValueError(f"weight must be [{width}], not {list(weight.shape)}")
+    if tuple(weight.shape) not in ((width,), (D,)):
+        raise ValueError(f"weight must be [{width}], or [{D}] for a norm of each head, not {list(weight.shape)}")
     for name, angles in (("cosines", cosines), ("sines", sines)):
         if tuple(angles.shape) != (N, D) or angles.dtype != torch.float32:
             raise ValueError(f"{name} must be float32 [{N}, {D}], not {angles.dtype} {list(angles.shape)}")

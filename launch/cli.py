@@ -1,13 +1,10 @@
-"""The command line: `semvid run | resume | submit | jobs | logs | cancel | compare | schedule | bench | doctor`.
-
-What is wrong is said first, in one line.
-"""
+"""The command line: what `semvid --help` lists. What is wrong is said first, in one line."""
 
 import argparse
+import dataclasses
 import difflib
 import json
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,16 +12,23 @@ from typing import Any, NoReturn
 from semvid.launch import env, launchers, queue_commands, schedule
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
-from semvid.launch.bench import quality_command
+from semvid.launch.bench import quality_command, video_commands
+from semvid.launch.estimate import add_estimate
+from semvid.launch.job_options import (
+    JSON_HELP,
+    add_job_options,
+    add_run_options,
+    check_device,
+    choices,
+    config_of,
+    presets_text,
+    replaced,
+)
 from semvid.parallel.mesh import Mesh
-from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
-from semvid.runtime.config import AttentionConfig, Config, JobConfig, ModelConfig
+from semvid.runtime.config import AttentionConfig, Config, ModelConfig
 from semvid.runtime.job import Job
-
-JSON_HELP = "print one JSON object on stdout; the summary goes to stderr"
-VIDEO_OPTIONS = ("prompt", "seed", "steps", "height", "width", "frames", "guidance", "negative_prompt")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +69,7 @@ def _command(argv: Sequence[str] | None) -> int:
         return 2
     args.threads = env.threads()
     # Before anything imports torch.
-    env.prepare(max(1, getattr(args, "gpus", 1)))
+    env.prepare(max(1, getattr(args, "gpus", 1) or 1))
     return command(args)
 
 
@@ -76,7 +80,7 @@ def _parser() -> Parser:
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="make a video", allow_abbrev=False, description="Make a video.")
-    _add_run_options(run)
+    add_run_options(run)
     launchers.add_options(run)
     run.set_defaults(run=_run, parser=run)
     resume = commands.add_parser(
@@ -96,15 +100,16 @@ def _parser() -> Parser:
         description="Make a video with two presets from the same seed; PSNR, SSIM, latent error, density, times.",
         allow_abbrev=False,
     )
-    _add_job_options(compare)
+    add_job_options(compare)
     compare.add_argument(
-        "--preset", metavar="A", default=Config().preset, help=f"judged: {_presets()} (default: %(default)s)"
+        "--preset", metavar="A", default=Config().preset, help=f"judged: {presets_text()} (default: %(default)s)"
     )
     compare.add_argument(
-        "--against", metavar="B", default="dense", help=f"the yardstick: {_presets()} (default: %(default)s)"
+        "--against", metavar="B", default="dense", help=f"the yardstick: {presets_text()} (default: %(default)s)"
     )
     compare.set_defaults(run=_compare, parser=compare)
-    queue_commands.add(commands, _add_run_options, _replaced)
+    queue_commands.add(commands, add_run_options, replaced)
+    add_estimate(commands.add_parser)
     _add_bench(commands)
     schedule.add_schedule(commands.add_parser)
     doctor = commands.add_parser(
@@ -127,6 +132,9 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench_commands.add_layer(what.add_parser)
     bench_commands.add_attention(what.add_parser)
     quality_command.add_quality(what.add_parser)
+    video_commands.add_e2e(what.add_parser)
+    video_commands.add_throughput(what.add_parser)
+    video_commands.add_checkpoint(what.add_parser)
     _add_bench_plan(what)
     kernels = what.add_parser(
         "kernels",
@@ -139,7 +147,7 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     shapes, peers = ", ".join(bench_options.SHAPES), ", ".join(bench_options.PEERS)
     here = "wan14b-720p on a GPU, toy on a CPU"
     add("--shape", nargs="+", metavar="NAME", default=[], help=f"{shapes} (default: {here})")
-    backends = _choices(AttentionConfig, "backend")
+    backends = choices(AttentionConfig, "backend")
     add("--backend", choices=backends, default=default.backend, help="whose ops (default: auto, the fastest here)")
     text = "share of token pairs computed, mean over heads as uneven as recorded ones (default: %(default)s)"
     add("--density", type=float, metavar="X", default=default.density, help=text)
@@ -150,7 +158,7 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--warmup", type=int, metavar="N", default=default.warmup, help="calls before those (default: %(default)s)")
     text = f"all, none, or names (default: all, which leaves flex out): {peers}"
     add("--peers", nargs="+", metavar="NAME", default=list(default.peers), help=text)
-    add("--device", choices=_choices(ModelConfig, "device"), default=default.device, help="default: auto")
+    add("--device", choices=choices(ModelConfig, "device"), default=default.device, help="default: auto")
     add("--seed", type=int, metavar="N", default=default.seed, help="of the inputs (default: %(default)s)")
     text = f"where bench.json and the plots go (default: a new folder in {jobs.DEFAULT_ROOT}/)"
     add("--out", metavar="DIR", type=Path, help=text)
@@ -178,98 +186,8 @@ def _add_bench_plan(what: "argparse._SubParsersAction[Parser]") -> None:
     add("--json", action="store_true", help="print only the JSON list on stdout; the table goes to stderr")
 
 
-def _presets() -> str:
-    return f"{', '.join(configs.presets())}, or a TOML file with [attention]"
-
-
-def _add_job_options(parser: Parser) -> None:
-    """Adds what describes a job. Defaults are the checkpoint's own, then those of the config classes."""
-    text = "default: the checkpoint's"
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"what is to be seen ({text}, if it has one)")
-    add = parser.add_argument
-    add("--model", metavar="DIR", help="a diffusers checkpoint folder (default: demo, the small model semvid carries)")
-    add(
-        "--config",
-        metavar="FILE",
-        type=Path,
-        help="a TOML file: preset, [model], [video], [attention], [job]; or a job.toml",
-    )
-    add("--seed", type=int, help="of the noise and the first centroids (default: 0)")
-    add("--steps", type=int, help=f"denoising steps ({text})")
-    add("--height", type=int, help=f"pixels ({text})")
-    add("--width", type=int, help=f"pixels ({text})")
-    add("--frames", type=int, help=f"frames, 4k + 1 ({text})")
-    add("--guidance", type=float, help=f"classifier-free guidance; 1 or less: none ({text})")
-    add("--negative-prompt", metavar="TEXT", help="what is not to be seen (default: nothing)")
-    add("--device", choices=_choices(ModelConfig, "device"), help="default: auto, the GPU if there is one")
-    add("--dtype", choices=_choices(ModelConfig, "dtype"), help="default: auto, bf16 where the device computes in it")
-    add(
-        "--backend",
-        choices=_choices(AttentionConfig, "backend"),
-        help="sparse attention's kernels (default: auto, the fastest here)",
-    )
-    add("--out", metavar="DIR", type=Path, help=f"the job folder (default: a new one in {jobs.DEFAULT_ROOT}/)")
-    add("--json", action="store_true", help=JSON_HELP)
-
-
-def _add_run_options(parser: Parser) -> None:
-    """Adds what describes a job that can be resumed."""
-    _add_job_options(parser)
-    preset = f"{_presets()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
-    parser.add_argument("--preset", metavar="NAME", help=preset)
-    text = f"denoising steps from one checkpoint to the next; 0: none (default: {JobConfig().checkpoint_steps})"
-    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=text)
-
-
-def _choices(cls: type, field: str) -> tuple[str, ...]:
-    """Returns what a Literal field of a config class accepts."""
-    return typing.get_args(typing.get_type_hints(cls)[field])
-
-
-def _config(args: argparse.Namespace, preset: str | None, preset_option: str = "--preset") -> Config:
-    """Returns the checked configuration of a command line; loads no model."""
-    file = configs.read_toml(args.config, "--config") if args.config else {}
-    video = {name: getattr(args, name) for name in VIDEO_OPTIONS if getattr(args, name) is not None}
-    named = {"path": args.model, "device": args.device, "dtype": args.dtype}
-    model = {name: value for name, value in named.items() if value is not None}
-    attention = {} if args.backend is None else {"backend": args.backend}
-    table = file.get("model", {})
-    path = args.model or (table.get("path") if isinstance(table, dict) else None) or ModelConfig().path
-    folder = folders.locate(str(path))
-    geometry = folders.inspect(folder)
-    # Only `run` can be resumed.
-    every = getattr(args, "checkpoint_every", 0)
-    job = {} if every is None else {"checkpoint_steps": every}
-    options = {"video": video, "model": model, "attention": attention, "job": job}
-    config = configs.resolve(
-        file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
-    )
-    folders.check(config, geometry)
-    _check_device(config, args)
-    return config
-
-
-def _replaced(args: argparse.Namespace, video: dict[str, Any]) -> Config:
-    """Returns the configuration of a command line with some options of [video] replaced."""
-    for name in video:
-        if name not in VIDEO_OPTIONS:
-            raise ValueError(f"unknown option {name!r} in [[video]]; accepted: {', '.join(VIDEO_OPTIONS)}")
-    return _config(argparse.Namespace(**{**vars(args), **video}), args.preset)
-
-
-def _check_device(config: Config, args: argparse.Namespace) -> None:
-    """Raises ValueError if the device or the backend asked for is not there; a cluster's can't be seen from here."""
-    asked = config.model.device == "cuda" or config.attention.backend != AttentionConfig().backend
-    if launchers.is_elsewhere(args) or not asked:
-        return
-    from semvid.kernels.dispatch import select
-    from semvid.runtime.session import resolve_device
-
-    select(config.attention.backend, resolve_device(config.model.device))
-
-
 def _run(args: argparse.Namespace) -> int:
-    config = _config(args, args.preset)
+    config = config_of(args, args.preset)
     start = _starter(args, config)
     return start(jobs.create(args.out or jobs.default_folder(config.video.prompt), config))
 
@@ -279,7 +197,7 @@ def _resume(args: argparse.Namespace) -> int:
     if job.done:
         raise ValueError(f"{args.job!r} holds a job that is done; its video is {job.video}")
     folders.check(job.config, folders.inspect(folders.locate(job.config.model.path)))
-    _check_device(job.config, args)
+    check_device(job.config, args)
     return _starter(args, job.config)(job)
 
 
@@ -315,7 +233,8 @@ def _mesh(args: argparse.Namespace, config: Config) -> Mesh:
     from semvid.launch.worker import resolve_mesh
 
     _check_gpus(args.gpus, config.model.device)
-    return resolve_mesh(args.mesh, args.gpus, guided=config.video.guidance > 1)
+    launchers.check_sharing(config, args.gpus)
+    return resolve_mesh(args.mesh, args.gpus, guided=folders.is_guided(config))
 
 
 def _check_gpus(gpus: int, device: str) -> None:
@@ -337,9 +256,13 @@ def _check_gpus(gpus: int, device: str) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     presets = {"preset": args.preset, "against": args.against}
-    config = {side: _config(args, name, f"--{side}") for side, name in presets.items()}
+    config = {side: config_of(args, name, f"--{side}") for side, name in presets.items()}
+    # FP8 is what is judged, never the yardstick.
+    exact = dataclasses.replace(config["against"].model, linear="same")
+    config["against"] = dataclasses.replace(config["against"], model=exact)
     folder = args.out or jobs.default_folder(config["preset"].video.prompt)
     for side in presets:
+        launchers.check_sharing(config[side], 1)
         jobs.check_out(folder / side)
     from semvid.launch.compare import compare, table
 

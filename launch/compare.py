@@ -17,18 +17,22 @@ from semvid.runtime.metrics import compare_frames, relative_error
 def compare(folder: Path, configs: Mapping[str, Config]) -> dict[str, Any]:
     """Returns the report of two runs, "preset" judged by "against", and writes it beside both job folders.
 
-    Both run on one loaded checkpoint. Writes `preset/` and `against/` (job folders), contact.png, compare.json.
+    Both run on one loaded checkpoint, unless one alone has FP8 layers. Writes `preset/` and `against/` (job folders),
+    contact.png, compare.json.
 
     Args:
         folder: where; made if absent.
         configs: the configuration of each side.
     """
     models.quiet()
-    any_model = configs["preset"].model
-    pipeline = models.load_pipeline(folders.locate(any_model.path), any_model)
     report: dict[str, Any] = {}
     results = {}
+    pipeline, loaded = None, None
     for side, config in configs.items():
+        if config.model != loaded:
+            # Let go of first: there may be no room for two.
+            pipeline = None
+            pipeline, loaded = models.load_pipeline(folders.locate(config.model.path), config.model), config.model
         job = jobs.create(folder / side, config)
         job, results[side] = worker.run(job.folder, f"{config.preset} ", pipeline)
         report[side] = as_json(job, results[side], {})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from semvid.launch import cancel, env, request
 from semvid.launch.request import Request
+from semvid.runtime import folder as folders
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
 
@@ -72,9 +73,16 @@ def asked(args: argparse.Namespace, config: Config) -> Request:
         faults=env.fault_text(),
     )
     request.check(wanted)
+    check_sharing(config, args.gpus)
     if args.mesh is not None:
-        resolve_mesh(args.mesh, args.gpus, guided=config.video.guidance > 1)
+        resolve_mesh(args.mesh, args.gpus, guided=folders.is_guided(config))
     return wanted
+
+
+def check_sharing(config: Config, gpus: int) -> None:
+    """Raises ValueError if a job's weights shall be shared among one GPU."""
+    if config.job.share_weights and gpus == 1:
+        raise ValueError("job.share_weights is True, but one GPU has nobody to share with; accepted: --gpus 2 or more")
 
 
 def torchrun(job: Job, args: argparse.Namespace) -> int:

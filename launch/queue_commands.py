@@ -98,7 +98,8 @@ def _submit(args: argparse.Namespace, make: Maker) -> int:
         )
     given = [{}] if args.prompts is None else _prompts(args)
     configs = [make(args, one) for one in given]
-    wanted = launchers.asked(args, configs[0])
+    # All ask for the same; that it can be is a matter of each.
+    (wanted, *_) = [launchers.asked(args, config) for config in configs]
     address = args.address or env.ray_address() or "auto"
     from semvid.launch import cluster, queue
 

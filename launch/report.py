@@ -60,6 +60,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         f"time      {rest}",
         f"density   {_density_text(report)}",
         f"preset    {report['preset']}{_where_measured(report['preset_measured'])}",
+        f"decoding  {'in tiles' if report['decoded_in_tiles'] else 'whole'}",
         f"kernels   {', '.join(f'{kind}: {name}' for kind, name in report['kernels'].items())}",
     ]
     if report["resumed_after_step"]:
@@ -108,6 +109,7 @@ def as_json(job: Job, result: "Result", surroundings: dict[str, Any]) -> dict[st
         "mesh": str(result.mesh),
         "gpus": result.mesh.world_size,
         "encoder": result.encoder,
+        "decoded_in_tiles": result.decoded_in_tiles,
         "peak_memory_bytes": result.peak_memory_bytes,
         "resumed_after_step": result.resumed_after,
         "frames_sha256": result.frames_sha256,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from semvid.launch import cancel, env, lease, watch
 from semvid.parallel import mesh as meshes
 from semvid.parallel.mesh import Mesh
+from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
 from semvid.runtime.job import Job, StoppedError
 from semvid.runtime.pulse import Pulse
@@ -129,7 +130,7 @@ def take_part(folder: Path, mesh: str | None, as_json: bool, pulse: Pulse | None
     """
     place, job = env.seat(), jobs.load(folder)
     if place.world_size == 1 and pulse is None:
-        resolve_mesh(mesh, 1, guided=job.config.video.guidance > 1)
+        resolve_mesh(mesh, 1, guided=folders.is_guided(job.config))
         return alone(folder, as_json)
     with contextlib.ExitStack() as stack:
         told = stack.enter_context(env.told_to_stop())
@@ -170,7 +171,7 @@ def _join(
     else:
         env.hush()
     env.prepare()
-    guided = job.config.video.guidance > 1
+    guided = folders.is_guided(job.config)
     if place.world_size == 1:
         resolve_mesh(mesh, 1, guided=guided)
         return report(job.folder, as_json, None, told_to_stop, pulse)

@@ -4,7 +4,7 @@ Every rank of a group must enter each of them, in the same order; one that does 
 group's time-out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,32 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     whole = torch.empty(ranks * x.numel(), dtype=x.dtype, device=x.device)
     _all_gather(whole, x.flatten(), group=group)
     return whole.view(ranks, *x.shape)
+
+
+def from_first(
+    tensors: Mapping[str, Tensor] | None, groups: Sequence[Group], device: torch.device
+) -> dict[str, Tensor]:
+    """Returns the named tensors of the first rank on every rank. Every rank of each group must enter.
+
+    Args:
+        tensors: on the first rank; not read on the others.
+        groups: one after the other, so that the first of each has them when it is its turn.
+        device: where they arrive.
+    """
+    found = dict(tensors or {})
+    for group in groups:
+        if group is None:
+            continue
+        first = dist.get_global_rank(group, 0)
+        here = dist.get_rank() == first
+        said = [[(name, tuple(x.shape), x.dtype) for name, x in found.items()] if here else None]
+        dist.broadcast_object_list(said, src=first, group=group, device=device)
+        assert said[0] is not None, "the first rank says what comes"
+        for name, shape, dtype in said[0]:
+            x = found[name].to(device).contiguous() if here else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(x, src=first, group=group)
+            found[name] = x
+    return found
 
 
 def all_to_all_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Arrival:

@@ -80,13 +80,14 @@ def means_of(xs: Sequence[Tensor], clusters: Clusters, ops: Ops, group: Group = 
     """Returns the mean of each x over clusters that are kept, fp32 [H, C, E]; 0 where a cluster is empty.
 
     Args:
-        xs: local rows, [H, n, E] each, whose labels are those of `clusters`.
-        clusters: of an earlier step.
+        xs: local rows, [H, n, E] each, in the order of `clusters`.
+        clusters: of an earlier step; runs of their order beyond them (a prompt's) are left out.
         ops: the backend.
         group: the ranks that share the sequence; every one must enter, for one all-reduce.
     """
     with phase("means"):
-        sums = [ops.sums_by_runs(x, clusters.permutation)[0] for x in xs]
+        C = clusters.sizes.shape[1]
+        sums = [ops.sums_by_runs(x, clusters.permutation)[0][:, :C] for x in xs]
     with phase("all-reduce"):
         reduced = all_reduce_sum(sums, group)
     with phase("means"):

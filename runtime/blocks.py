@@ -7,7 +7,9 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
+from semvid.kernels.dispatch import Ops
 from semvid.parallel.shard import pad
+from semvid.runtime.fused import fuse
 from semvid.runtime.processors import fold_turned, project, unfold
 
 TEXT_ROWS = 512
@@ -39,7 +41,9 @@ def wan_block(
     tokens: int,
     like: Tensor,
     attention: Callable[[], Tensor],
-    norm_rotary: Callable[..., Tensor],
+    ops: Ops,
+    *,
+    fused: bool,
 ) -> Callable[[], Tensor]:
     """Returns a call of one Wan transformer block on random hidden states, [1, tokens, heads · head_dim].
 
@@ -52,7 +56,8 @@ def wan_block(
         tokens: of this rank.
         like: says device and dtype.
         attention: [heads, tokens, D].
-        norm_rotary: the backend's op.
+        ops: of the backend.
+        fused: whether what stands between its linear layers is done in one pass each, as in a sparse pipeline.
     """
     width = heads * head_dim
     with torch.device(like.device):
@@ -64,5 +69,7 @@ def wan_block(
         time = torch.randn(1, 6, width)
         angles = torch.randn(2, 1, tokens, 1, head_dim)
     block.requires_grad_(False)
-    block.attn1.set_processor(_GivenAttention(attention, norm_rotary))
+    block.attn1.set_processor(_GivenAttention(attention, ops.norm_rotary))
+    if fused:
+        fuse([block], ops)
     return lambda: block(hidden, text, time, (angles[0], angles[1]))

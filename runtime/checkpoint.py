@@ -93,6 +93,10 @@ def describe(config: Config) -> Json:
     """
     where = folder.locate(config.model.path)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("job", "model")}
+    image = config.video.image
+    if image is not None:
+        # Another picture of the same name is another video.
+        options["video"]["image"] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
     kept = {
         "transformer": where / "transformer" / "config.json",
         "scheduler": where / "scheduler" / "scheduler_config.json",
@@ -192,7 +196,7 @@ def restore(found: Checkpoint, session: Session, scheduler: Any, state: Denoisin
         plain = found.body["scheduler"]
         put_scheduler_state(scheduler, plain, {n.removeprefix("scheduler/"): x for n, x in tensors.items()}, device)
         memories = {}
-        for branch in ["cond"] if session.shared else state.branches:
+        for branch in dict.fromkeys(session.owner_of(branch) for branch in state.contexts):
             for name in stored.names(f"{branch}/"):
                 if name.endswith("/density"):
                     layer = int(name.split("/")[1])

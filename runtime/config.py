@@ -18,9 +18,13 @@ import tomli_w
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEMO_MODEL = CONFIGS / "demo-model"
+DEPLOYMENTS = CONFIGS / "deployments"
 
 T = TypeVar("T")
 Layer = Mapping[str, Any]
+
+
+Linear = Literal["same", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +37,9 @@ class ModelConfig:
     """"auto": the GPU if there is one."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the transformer and the text encoder. "auto": bf16 where the device computes in it, else fp32."""
+    linear: Linear = "same"
+    """Of the transformer's large linear layers. "same": as `dtype`; "fp8": weights and inputs in e4m3, nearly bf16's
+    results at half the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +56,15 @@ class VideoConfig:
     """Number of frames, 4k + 1."""
     steps: int = 50
     """Denoising steps."""
+    image: str | None = None
+    """A picture that the video begins with, for the models that take one; scaled and cropped to the video's size."""
     guidance: float = 5.0
-    """Scale of classifier-free guidance; 1 or less runs the conditional branch alone."""
+    """Scale of classifier-free guidance; 1 or less runs the conditional branch alone. HunyuanVideo has one branch and
+    takes it as an input."""
+    guidance_2: float | None = None
+    """Likewise while the second of two transformers runs; absent: as `guidance`."""
+    boundary: float | None = None
+    """Share of the noise below which the second of two transformers runs, 0 .. 1; absent: the checkpoint's."""
     seed: int = 0
     """Of the first noise and of the first centroids."""
     fps: int = 16
@@ -131,6 +145,9 @@ class JobConfig:
     """A checkpoint is written after every so many denoising steps; 0: there are no checkpoints at all."""
     checkpoint_seconds: float = 300.0
     """And after the first step that ends so many seconds after the last one; 0: never."""
+    share_weights: bool = False
+    """Each rank holds an equal part of the transformer's weights and gathers them block by block: for models that a GPU
+    can't hold. It needs several."""
     hang_seconds: float = 300.0
     """Where no rank has begun another block of a model or another phase of a call for so long, the job hangs."""
     start_seconds: float = 1800.0
@@ -153,6 +170,16 @@ class Config:
 def presets() -> list[str]:
     """Returns the names of the presets that semvid carries."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def deployments() -> list[str]:
+    """Returns the names of the deployments that semvid carries: a published model, a video's size, a number of GPUs."""
+    return sorted(path.stem for path in DEPLOYMENTS.glob("*.toml"))
+
+
+def config_file(path: Path) -> Path:
+    """Returns the file of --config: that of a deployment where `path` is its name, else `path`."""
+    return DEPLOYMENTS / f"{path}.toml" if str(path) in deployments() else path
 
 
 def read_toml(path: Path, option: str) -> dict[str, Any]:
@@ -217,6 +244,8 @@ def resolve(
         ValueError: an unknown key, a wrong type or a value outside what is accepted; the message names the option.
     """
     file = dict(file or {})
+    # What a deployment says of itself is for `semvid estimate` and `semvid bench`.
+    file.pop("deployment", None)
     for table in ("model", "video", "attention", "job"):
         # Said here, before the layers are laid over each other and this value is lost.
         _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")
@@ -249,6 +278,9 @@ def check(config: Config) -> None:
     for name in ("height", "width", "frames", "steps", "fps"):
         _require(getattr(video, name) >= 1, name, getattr(video, name), "1 or more")
     _require(math.isfinite(video.guidance) and video.guidance >= 0, "guidance", video.guidance, "0 or more")
+    second = video.guidance_2
+    _require(second is None or (math.isfinite(second) and second >= 0), "guidance_2", second, "0 or more")
+    _require(video.boundary is None or 0 <= video.boundary <= 1, "boundary", video.boundary, "0 .. 1")
     _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
     _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
     _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
@@ -377,7 +409,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return None if value is None else _convert(args[0], value, name)
     if kind is float and type(value) is int:
         return float(value)
-    accepted = {int: "a whole number", float: "a number", str: "a text"}
+    accepted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     _require(type(value) is kind, name, value, accepted[kind])
     return value
 

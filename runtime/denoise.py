@@ -1,9 +1,11 @@
 """From prompt to frames in three parts: encode, the denoising loop step by step, decode.
 
-The loop is WanPipeline's own, written out, so that a step can be watched, stopped after and resumed at; it gives
-the same latents bit for bit. After the start it draws no random number.
+The loop is that of diffusers' pipelines, written out, so that a step can be watched, stopped after and resumed at; it
+gives the same latents bit for bit. After the start it draws no random number. What a family does differently its
+adapter says.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from semvid.parallel import mesh
-from semvid.parallel.collectives import all_gather
+from semvid.parallel.collectives import all_gather, from_first
 from semvid.parallel.ranks import Ranks
 from semvid.runtime.config import VideoConfig
+from semvid.runtime.families.adapters import adapter_of
+from semvid.runtime.families.family import Family, Inputs, context_name, stages
+from semvid.runtime.memory import is_tiled
 from semvid.runtime.metrics import Frames
 
-PROMPT_ROWS = 512
+BRANCHES = ("cond", "uncond")
 
 
 @dataclass(slots=True)
@@ -29,11 +34,15 @@ class Denoising:
     latents: Tensor
     """fp32 [1, channels, latent frames, latent height, latent width]."""
     timesteps: Tensor
-    prompt: Tensor
-    """[1, 512, text width], in the transformer's dtype."""
-    negative_prompt: Tensor | None
-    """None without classifier-free guidance."""
-    guidance: float
+    family: Family
+    prompts: dict[str, Inputs]
+    """What each branch is told in every forward pass; "cond" alone without classifier-free guidance."""
+    guidance: tuple[float, ...]
+    """Of each transformer."""
+    stages: list[int]
+    """The number of the transformer that runs at each step."""
+    condition: Tensor | None = None
+    """What of the image goes into every forward pass; see the family."""
     ranks: Ranks = field(default_factory=Ranks)
     """Says which branch this rank runs; all of them unless the mesh parts them."""
     step: int = 0
@@ -42,18 +51,23 @@ class Denoising:
     @property
     def branches(self) -> list[str]:
         """The names of the branches that this rank runs."""
-        names = ["cond"] if self.negative_prompt is None else ["cond", "uncond"]
+        names = list(self.prompts)
         return [names[self.ranks.place.cfg]] if self.ranks.mesh.cfg > 1 else names
+
+    @property
+    def contexts(self) -> list[str]:
+        """The names under which its transformers keep what these branches remember."""
+        return [context_name(branch, number) for number in range(len(self.guidance)) for branch in self.branches]
 
 
 @torch.no_grad()
 def start(pipeline: Any, video: VideoConfig, ranks: Ranks | None = None) -> Denoising:
-    """Returns the state before the first step: prompts encoded, timesteps set, noise drawn.
+    """Returns the state before the first step: prompts and image encoded, timesteps set, noise drawn.
 
     The noise comes from a CPU generator: the same on every device and rank.
 
     Args:
-        pipeline: a WanPipeline.
+        pipeline: of a supported family.
         video: what is to be seen.
         ranks: this process among those of the job; alone if absent.
 
@@ -61,40 +75,74 @@ def start(pipeline: Any, video: VideoConfig, ranks: Ranks | None = None) -> Deno
         ValueError: a prompt is longer than the model reads (diffusers would cut it off), or the mesh parts two
             branches where there is one.
     """
-    ranks = ranks or Ranks()
-    mesh.check(ranks.mesh, ranks.mesh.world_size, guided=video.guidance > 1)
+    ranks, family = ranks or Ranks(), adapter_of(pipeline)
+    mesh.check(ranks.mesh, ranks.mesh.world_size, guided=family.facts.guided(video.guidance))
     device = pipeline._execution_device
-    for name, text in (("prompt", video.prompt), ("negative_prompt", video.negative_prompt)):
-        length = len(pipeline.tokenizer(text).input_ids)
-        if length > PROMPT_ROWS:
-            raise ValueError(f"{name} has {length} tokens; accepted: {PROMPT_ROWS} or fewer")
-    prompt, negative = pipeline.encode_prompt(
-        prompt=video.prompt,
-        negative_prompt=video.negative_prompt,
-        do_classifier_free_guidance=video.guidance > 1,
-        max_sequence_length=PROMPT_ROWS,
-        device=device,
-    )
-    dtype = pipeline.transformer.dtype
-    pipeline.scheduler.set_timesteps(video.steps, device=device)
+    family.schedule(pipeline, video.steps, device)
     # Without it the scheduler looks its first step up by comparing timesteps on the host.
     pipeline.scheduler.set_begin_index(0)
     shape = (
         1,
-        pipeline.transformer.config.in_channels,
+        family.channels(pipeline),
         (video.frames - 1) // pipeline.vae_scale_factor_temporal + 1,
         video.height // pipeline.vae_scale_factor_spatial,
         video.width // pipeline.vae_scale_factor_spatial,
     )
     noise = randn_tensor(shape, generator=torch.Generator().manual_seed(video.seed), device=device, dtype=torch.float32)
+    timesteps = pipeline.scheduler.timesteps
+    told, condition = _told(pipeline, family, video, noise, ranks)
+    scales = (video.guidance, video.guidance if video.guidance_2 is None else video.guidance_2)
     return Denoising(
         noise,
-        pipeline.scheduler.timesteps,
-        prompt.to(dtype),
-        None if negative is None else negative.to(dtype),
-        video.guidance,
+        timesteps,
+        family,
+        told,
+        scales[: len(family.facts.transformers)],
+        stages(family.facts, pipeline, video, timesteps.tolist()),
+        condition,
         ranks,
     )
+
+
+def _told(
+    pipeline: Any, family: Family, video: VideoConfig, noise: Tensor, ranks: Ranks
+) -> tuple[dict[str, Inputs], Tensor | None]:
+    """Returns what each branch is told and what of the image goes beside the latents, the same on every rank.
+
+    The first rank alone encodes; the others need no encoders. Every rank must enter.
+    """
+    found: dict[str, Tensor] | None = None
+    if ranks.rank == 0:
+        with _encoders_on(pipeline, noise.device):
+            prompts = family.prompts(pipeline, video, noise.device)
+        found = {f"{branch}/{name}": x for branch, of in zip(BRANCHES, prompts, strict=False) for name, x in of.items()}
+        condition = family.condition(pipeline, video, noise)
+        found |= {} if condition is None else {"condition": condition}
+    # Along the sequence first: then the first of every pair of branches has them, whichever shard it holds.
+    found = from_first(found, (ranks.sequence, ranks.cfg), noise.device)
+    condition = found.pop("condition", None)
+    told: dict[str, Inputs] = {}
+    for place, x in found.items():
+        branch, name = place.split("/")
+        told.setdefault(branch, {})[name] = x
+    return told, condition
+
+
+@contextlib.contextmanager
+def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Brings what encodes prompts and images to `device`, and back to where it was: it is needed this once."""
+    parts = [part for name, part in pipeline.components.items() if "encoder" in name and isinstance(part, nn.Module)]
+    before = [next(part.parameters()).device for part in parts]
+    try:
+        for part in parts:
+            part.to(device)
+        yield
+    finally:
+        for part, place in zip(parts, before, strict=True):
+            part.to(place)
+        if device.type == "cuda":
+            # What is free here is the denoising loop's, whose tensors have other sizes.
+            torch.cuda.empty_cache()
 
 
 def steps(pipeline: Any, state: Denoising) -> Iterator[int]:
@@ -117,16 +165,23 @@ def finish(pipeline: Any) -> None:
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: Tensor) -> Frames:
-    """Returns the video of `latents`, uint8 [F, height, width, 3], rounded to the nearest level."""
-    vae = pipeline.vae
-    per_channel = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=vae.dtype).view(per_channel)
-    std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=vae.dtype).view(per_channel)
-    pixels = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
+def decode(pipeline: Any, state: Denoising) -> Frames:
+    """Returns the video of a finished state, uint8 [F, height, width, 3], rounded to the nearest level."""
+    vae, latents = pipeline.vae, state.family.result(state.latents, state.condition)
+    if decodes_in_tiles(pipeline, state):
+        vae.enable_tiling()
+    pixels = vae.decode(state.family.unscaled(vae, latents), return_dict=False)[0]
     video = pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0]
     frames: Frames = np.ascontiguousarray(video.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return frames
+
+
+def decodes_in_tiles(pipeline: Any, state: Denoising) -> bool:
+    """Returns whether the video is too large to be decoded whole; a rule of its size alone."""
+    frames, height, width = state.latents.shape[2:]
+    pixels = pipeline.vae_scale_factor_spatial
+    video = ((frames - 1) * pipeline.vae_scale_factor_temporal + 1, height * pixels, width * pixels)
+    return is_tiled(pipeline.vae.config, *video)
 
 
 def _step(pipeline: Any, state: Denoising, step: int, timestep: Tensor) -> Tensor:
@@ -136,30 +191,22 @@ def _step(pipeline: Any, state: Denoising, step: int, timestep: Tensor) -> Tenso
         "sigma": float(pipeline.scheduler.sigmas[step]),
         "num_inference_steps": len(state.timesteps),
     }
-    noise, *others = _predict(pipeline.transformer, state, timestep, context)
+    number = state.stages[step]
+    model = getattr(pipeline, state.family.facts.transformers[number])
+    noise, *others = _predict(model, state, timestep, context)
     if others:
         (unguided,) = others
-        noise = unguided + state.guidance * (noise - unguided)
+        noise = unguided + state.guidance[number] * (noise - unguided)
     latents: Tensor = pipeline.scheduler.step(noise, timestep, state.latents, return_dict=False)[0]
     return latents
 
 
 def _predict(model: Any, state: Denoising, timestep: Tensor, context: dict[str, Any]) -> Sequence[Tensor]:
     """Returns the prediction of the conditional branch, then that of the unconditional one if there is guidance."""
-    prompts = {"cond": state.prompt, "uncond": state.negative_prompt}
-    mine = [_forward(model, state, prompts[branch], timestep, branch, context) for branch in state.branches]
+    inputs = state.family.inputs(state.latents, timestep, state.condition, model.dtype)
+    mine = []
+    for branch in state.branches:
+        with model.cache_context(branch, **context):
+            mine.append(model(**inputs, **state.prompts[branch], return_dict=False)[0])
     # Every rank of the job enters, each with its branch; one that does not keeps the others waiting.
     return all_gather(mine[0].contiguous(), state.ranks.cfg).unbind() if state.ranks.mesh.cfg > 1 else mine
-
-
-def _forward(
-    model: Any, state: Denoising, prompt: Tensor | None, timestep: Tensor, branch: str, context: dict[str, Any]
-) -> Tensor:
-    with model.cache_context(branch, **context):
-        noise: Tensor = model(
-            hidden_states=state.latents.to(model.dtype),
-            timestep=timestep.expand(state.latents.shape[0]),
-            encoder_hidden_states=prompt,
-            return_dict=False,
-        )[0]
-    return noise

@@ -5,13 +5,15 @@ Only JSON, TOML and the headers of safetensors files are read.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, check_tokens, read_toml
+from semvid.runtime.families import facts
+from semvid.runtime.families.facts import Facts
 
-FAMILIES = ("Wan 2.1 text-to-video (WanPipeline)",)
 DEFAULTS_FILE = "semvid.toml"
 
 
@@ -19,6 +21,7 @@ DEFAULTS_FILE = "semvid.toml"
 class Geometry:
     """How a model's latent grid lies over pixels, and its transformer's size."""
 
+    family: Facts
     frames_per_latent: int
     """VAE compression in time: f frames make (f - 1) / this + 1 latent frames."""
     pixels_per_latent: int
@@ -62,33 +65,108 @@ def inspect(folder: Path) -> Geometry:
     Raises:
         ValueError: no checkpoint, an unsupported family, a missing or truncated file; the message says which.
     """
-    if not (folder / "model_index.json").is_file():
-        what = "has no model_index.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f"--model is {str(folder)!r}, which {what}; accepted: a diffusers checkpoint folder")
-    index = _read_json(folder / "model_index.json")
-    _check_family(folder, index)
+    index, family = _index(folder), family_of(folder)
+    for name in family.parts:
+        if (index.get(name) or [None])[0] is None:
+            raise ValueError(f"--model is {str(folder)!r}, a {family.title} model without {name!r}, which it needs")
+    for name in family.transformers:
+        if index[name][1] != family.transformer:
+            raise ValueError(f"--model's {name!r} is a {index[name][1]}; {family.title} has a {family.transformer}")
     for name, part in index.items():
         if isinstance(part, list) and part[0] is not None:
             _check_part(folder / name)
-    transformer = _read_json(folder / "transformer" / "config.json")
-    vae = _read_json(folder / "vae" / "config.json")
+    configs = [_read_json(folder / name / "config.json") for name in family.transformers]
     try:
-        return Geometry(
-            frames_per_latent=int(vae.get("scale_factor_temporal", 4)),
-            pixels_per_latent=int(vae.get("scale_factor_spatial", 8)),
-            patch=tuple(transformer["patch_size"]),
-            heads=int(transformer["num_attention_heads"]),
-            layers=int(transformer["num_layers"]),
-        )
+        return geometry(family, configs[0], _read_json(folder / "vae" / "config.json"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--model is {str(folder)!r}, whose transformer/config.json lacks {error}") from None
+
+
+def geometry(family: Facts, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """Returns the geometry of a model by the configurations of its (first) transformer and its VAE.
+
+    Raises:
+        KeyError: one of them lacks what a model of this family has.
+    """
+    patch = transformer["patch_size"]
+    if "patch_size_t" in transformer:
+        patch = (transformer["patch_size_t"], patch, patch)
+    return Geometry(
+        family=family,
+        # Wan's VAEs and HunyuanVideo's have different words for it.
+        frames_per_latent=int(vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4),
+        pixels_per_latent=int(vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio") or 8),
+        patch=(int(patch[0]), int(patch[1]), int(patch[2])),
+        heads=int(transformer["num_attention_heads"]),
+        layers=int(transformer["num_layers"]) + int(transformer.get("num_single_layers", 0)),
+    )
+
+
+def family_of(folder: Path) -> Facts:
+    """Returns the family of a checkpoint; reads its model_index.json alone.
+
+    Raises:
+        ValueError: no checkpoint, or an unsupported family.
+    """
+    index = _index(folder)
+    try:
+        return facts.recognize(index)
+    except ValueError as error:
+        raise ValueError(f"--model is {str(folder)!r}, {error}") from None
+
+
+def is_guided(config: Config) -> bool:
+    """Returns whether the job of a configuration has two branches.
+
+    Raises:
+        ValueError: as `family_of`.
+    """
+    return family_of(locate(config.model.path)).guided(config.video.guidance)
 
 
 def check(config: Config, geometry: Geometry) -> None:
     """Raises ValueError if the video or the clusters of a configuration do not fit the model."""
     check_size(config.video, geometry)
+    check_options(config.video, geometry.family)
+    if config.job.share_weights and config.model.linear == "fp8":
+        raise ValueError("job.share_weights is True with model.linear 'fp8'; accepted: one of them")
+    if config.attention.anchors == "yes" and geometry.family.joint:
+        title = geometry.family.title
+        raise ValueError(
+            f"attention.anchors is 'yes', which {title} with its text in the sequence has not; accepted: no"
+        )
     if config.attention.method == "clusters":
         check_tokens(config.attention, geometry.tokens(config.video))
+
+
+def check_options(video: VideoConfig, family: Facts) -> None:
+    """Raises ValueError if `video` has an option that a family has not, or lacks one that it needs."""
+    if family.image == "required" and video.image is None:
+        raise ValueError(f"image is None; accepted: --image FILE, which a video of {family.title} begins with")
+    if family.image == "none" and video.image is not None:
+        raise ValueError(f"image is {video.image!r}, but {family.title} begins with none; accepted: no --image")
+    if video.image is not None:
+        check_image(Path(video.image))
+    if len(family.transformers) == 1:
+        for name in ("guidance_2", "boundary"):
+            if getattr(video, name) is not None:
+                value, what = getattr(video, name), f"{family.title}, which has one transformer"
+                raise ValueError(f"{name} is {value}, but the model is {what}; accepted: to leave it out")
+    if family.branches == 1 and video.negative_prompt:
+        what = f"{family.title} has no unconditional branch"
+        raise ValueError(f"negative_prompt is {video.negative_prompt!r}, but {what}; accepted: none")
+
+
+def check_image(path: Path) -> None:
+    """Raises ValueError unless `path` is a picture that can be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        reason = getattr(error, "strerror", None) or "no picture that can be read"
+        raise ValueError(f"image is {str(path)!r}: {reason.lower()}; accepted: a PNG, JPEG or WebP file") from None
 
 
 def check_size(video: VideoConfig, geometry: Geometry) -> None:
@@ -107,17 +185,12 @@ def _check_divisible(name: str, value: int, step: int, offset: int) -> None:
     raise ValueError(f"{name} is {value + offset}; accepted: {form}, nearest {' and '.join(map(str, near))}")
 
 
-def _check_family(folder: Path, index: dict[str, Any]) -> None:
-    name = index.get("_class_name")
-    if name != "WanPipeline":
-        found = f"a {name}" if name else "of an unnamed family"
-    elif index.get("transformer_2", [None])[0] is not None or index.get("boundary_ratio") is not None:
-        found = "a Wan 2.2 model with two transformers"
-    elif index.get("expand_timesteps"):
-        found = "a Wan 2.2 TI2V model"
-    else:
-        return
-    raise ValueError(f"--model is {str(folder)!r}, {found}; supported: {', '.join(FAMILIES)}")
+def _index(folder: Path) -> dict[str, Any]:
+    """Returns a checkpoint's model_index.json."""
+    if not (folder / "model_index.json").is_file():
+        what = "has no model_index.json" if folder.is_dir() else "is no folder"
+        raise ValueError(f"--model is {str(folder)!r}, which {what}; accepted: a diffusers checkpoint folder")
+    return _read_json(folder / "model_index.json")
 
 
 def _check_part(part: Path) -> None:

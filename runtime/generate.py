@@ -56,6 +56,8 @@ class Result:
     """Of the GPU's allocator, on rank 0; None on a CPU."""
     mesh: Mesh
     """How the ranks of the job shared it."""
+    decoded_in_tiles: bool
+    """Whether the VAE had to; it follows from the video's size."""
     resumed_after: int
     """Steps that were done before this run; 0: it began at the first."""
 
@@ -103,6 +105,8 @@ def generate(
     """
     # Here and not only on the command line: whoever starts a job, a size that does not fit is never changed silently.
     folder.check(job.config, folder.inspect(folder.locate(job.config.model.path)))
+    if job.config.job.share_weights and (ranks is None or ranks.mesh.world_size == 1):
+        raise ValueError("job.share_weights is True, but there is one GPU to hold them; accepted: several, by --gpus")
     run = _Run(job, watch, ranks or Ranks(), say, told_to_stop, pulse or Pulse())
     found = run.find()
     run.log("start", state="running", mesh=str(run.ranks.mesh), world_size=run.ranks.mesh.world_size)
@@ -182,7 +186,7 @@ class _Run:
     def all(self, pipeline: Any, found: Checkpoint | None) -> Result | None:
         config = self.job.config
         if pipeline is None:
-            pipeline = self._phase("load", lambda: models.load_pipeline(folder.locate(config.model.path), config.model))
+            pipeline = self._phase("load", self._load)
         seed = config.video.seed
         handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"
@@ -202,16 +206,28 @@ class _Run:
             density = handle.density()
         finally:
             handle.remove()
-        result = self._finish(pipeline, handle, state.latents, density) if self.leads else None
+        result = self._finish(pipeline, handle, state, density) if self.leads else None
         self.writer.join()
         return result
 
-    def _finish(self, pipeline: Any, handle: Sparsified, latents: Tensor, density: Density) -> Result:
-        frames = self._phase("decode", lambda: denoise.decode(pipeline, latents))
+    def _load(self) -> Any:
+        config = self.job.config
+        pipeline = models.load_pipeline(
+            folder.locate(config.model.path),
+            config.model,
+            encoders="host" if self.leads else "none",
+            share=config.job.share_weights,
+        )
+        # The first rank reads the encoders too. The others wait for it here, where starting takes what time it takes.
+        self.ranks.largest([0], self.device)
+        return pipeline
+
+    def _finish(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density) -> Result:
+        frames = self._phase("decode", lambda: denoise.decode(pipeline, state))
         encoder = self._phase("write", lambda: self._write(frames))
         return Result(
             frames=frames,
-            latents=latents.cpu(),
+            latents=state.latents.cpu(),
             frames_sha256=video.frames_sha256(frames),
             encoder=encoder,
             density=density,
@@ -221,6 +237,7 @@ class _Run:
             device=pipeline.device.type,
             peak_memory_bytes=self._peak_memory(),
             mesh=self.ranks.mesh,
+            decoded_in_tiles=denoise.decodes_in_tiles(pipeline, state),
             resumed_after=self.resumed_after,
         )
 
@@ -333,7 +350,6 @@ class _Run:
 
 def _kernels(handle: Sparsified, density: Density) -> dict[str, str]:
     """Returns which kernels did the dense and the sparse calls, where there were any."""
-    sharded = handle.session.ranks.mesh.sequence > 1
-    kernels = {"dense": "PyTorch's" if sharded else "diffusers", "sparse": handle.kernels}
+    kernels = {"dense": handle.dense_kernels, "sparse": handle.kernels}
     counts = asdict(density)
     return {kind: name for kind, name in kernels.items() if counts[f"{kind}_calls"]}

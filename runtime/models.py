@@ -1,41 +1,54 @@
 """Loading a checkpoint, and putting semvid's attention into a pipeline and out again."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import WanPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
+from semvid.parallel.weights import share_weights
 from semvid.parallel.windows import open_windows
 from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
-from semvid.runtime.folder import FAMILIES
+from semvid.runtime.families.adapters import adapter, adapter_of
+from semvid.runtime.families.family import Family, context_name
+from semvid.runtime.folder import family_of
+from semvid.runtime.fp8 import check_fp8, quantize_linears
+from semvid.runtime.fused import fuse, unfuse
 from semvid.runtime.metrics import Density
-from semvid.runtime.processors import WanProcessor
 from semvid.runtime.session import Position, Session, resolve_device
 from semvid.runtime.sharding import shard_transformer, unshard_transformer
 
 HOOK = "semvid"
+CUDNN = "_native_cudnn"
+"""diffusers' name for PyTorch's cuDNN attention, the fastest dense one that it brings on a Hopper GPU."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Sparsified:
     """A pipeline with semvid's attention in it: reports density, forgets, and takes itself out again."""
 
-    def __init__(self, pipeline: Any, session: Session, stock: list[Any]) -> None:
+    def __init__(self, pipeline: Any, session: Session, family: Family, stock: list[list[Any]]) -> None:
         self.pipeline = pipeline
         self.session = session
+        self.family = family
         self._stock = stock
 
     @property
     def kernels(self) -> str:
         """The backend of the sparse ops: "reference", "triton", …"""
         return self.session.ops.name
+
+    @property
+    def dense_kernels(self) -> str:
+        """Whose kernels do the dense calls."""
+        ours = self.session.ranks.mesh.sequence > 1 or self.family.facts.joint
+        return "PyTorch's" if ours else "diffusers"
 
     def density(self) -> Density:
         """Returns the densities of the current or last job, over its branches on all ranks.
@@ -50,13 +63,15 @@ class Sparsified:
 
     def remove(self) -> None:
         """Puts the attention back that was there. Doing it again does nothing."""
-        blocks = self.pipeline.transformer.blocks
-        for block, stock in zip(blocks, self._stock, strict=False):
-            block.attn1.set_processor(stock)
-        if self._stock:
-            registry_of(self.pipeline.transformer).remove_hook(HOOK, recurse=False)
+        for transformer, stock in zip(transformers_of(self.pipeline, self.family), self._stock, strict=False):
+            for attention, processor in zip(self.family.attentions(transformer), stock, strict=True):
+                attention.set_processor(processor)
+            registry = registry_of(transformer)
+            for name in [name for name in registry.hooks if name == HOOK or name.startswith(f"{HOOK}.family")]:
+                registry.remove_hook(name, recurse=False)
             if self.session.ranks.mesh.sequence > 1:
-                unshard_transformer(self.pipeline.transformer)
+                unshard_transformer(transformer, self.family.plan(transformer))
+            unfuse(self.family.blocks(transformer))
         self._stock = []
         self.session.windows = None
         self.session.reset()
@@ -76,7 +91,7 @@ def sparsify(
     step to step inside it and forgotten between two.
 
     Args:
-        pipeline: a WanPipeline of Wan 2.1 text-to-video.
+        pipeline: one of `semvid.runtime.families.facts.FAMILIES`.
         preset: a name (`semvid.runtime.config.presets`) or a TOML file with [attention].
         attention: the whole setting, instead of a preset.
         seed: of the first centroids.
@@ -88,41 +103,108 @@ def sparsify(
         ValueError: an unsupported pipeline, one that is sparsified already, a setting that is not accepted, or a
             shared sequence where the model can't be sharded.
     """
-    if type(pipeline) is not WanPipeline or pipeline.transformer is None or pipeline.transformer_2 is not None:
-        raise ValueError(f"pipeline is a {type(pipeline).__name__}; supported: {', '.join(FAMILIES)}")
-    if type(pipeline.transformer).__module__.startswith("xfuser"):
+    family = adapter_of(pipeline)
+    models = transformers_of(pipeline, family)
+    if any(type(model).__module__.startswith("xfuser") for model in models):
         # It splits the sequence by itself, behind this attention's back.
         raise ValueError("pipeline's transformer is xDiT's; accepted for those: semvid.runtime.xdit.register")
-    registry = registry_of(pipeline.transformer)
-    if registry.get_hook(HOOK) is not None:
+    if any(registry_of(model).get_hook(HOOK) is not None for model in models):
         raise ValueError("this pipeline is sparsified already; remove() that handle first")
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
     session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
+    if attention.method != "dense":
+        # First, so that everything else stays around it.
+        for model in models:
+            fuse(family.blocks(model), session.ops)
     if session.ranks.mesh.sequence > 1:
-        shard_transformer(pipeline.transformer, session)
+        for model in models:
+            shard_transformer(model, session, family.plan(model))
         session.windows = open_windows(session.ranks, pipeline.device)
-    stock = []
-    for layer, block in enumerate(pipeline.transformer.blocks):
-        stock.append(block.attn1.get_processor())
-        block.attn1.set_processor(WanProcessor(stock[-1], session, layer))
-    registry.register_hook(PositionHook(session, pipeline.scheduler), HOOK)
-    return Sparsified(pipeline, session, stock)
+    stock = [install(model, number, pipeline.scheduler, session, family) for number, model in enumerate(models)]
+    return Sparsified(pipeline, session, family, stock)
 
 
-def load_pipeline(folder: Path, model: ModelConfig) -> Any:
+def install(model: Any, number: int, scheduler: Any, session: Session, family: Family) -> list[Any]:
+    """Puts semvid's processors and hooks into one transformer and returns the processors that were there.
+
+    Args:
+        model: the transformer.
+        number: its place among those of the pipeline.
+        scheduler: says the step where the loop does not.
+        session: of the job.
+        family: of the model.
+    """
+    stock, registry = [], registry_of(model)
+    for layer, attention in enumerate(family.attentions(model)):
+        stock.append(getattr(attention, "processor"))  # noqa: B009 - diffusers' classes have no common type
+        attention.set_processor(family.processor(stock[-1], session, layer))
+    for place, hook in enumerate(family.hooks(session)):
+        registry.register_hook(hook, f"{HOOK}.family.{place}")
+    registry.register_hook(PositionHook(session, scheduler, number), HOOK)
+    return stock
+
+
+def transformers_of(pipeline: Any, family: Family) -> list[Any]:
+    """Returns the transformers of a pipeline in the order of use."""
+    return [getattr(pipeline, name) for name in family.facts.transformers]
+
+
+def load_pipeline(
+    folder: Path,
+    model: ModelConfig,
+    *,
+    encoders: Literal["device", "host", "none"] = "device",
+    share: bool = False,
+) -> Any:
     """Returns a checkpoint's pipeline on its device, by diffusers' own loader; only local files are read.
 
-    The VAE is kept in fp32, as Wan's authors run it.
+    The VAE is kept in fp32, as Wan's authors run it. On a GPU dense attention is cuDNN's where that is the fastest.
+
+    Args:
+        folder: the checkpoint.
+        model: device and precision.
+        encoders: where what encodes prompts and images is put. "host": `semvid.runtime.denoise` brings it to the device
+            for the one time that it is needed; "none": it is not loaded, as of several ranks the first alone encodes.
+        share: whether the ranks of the default process group share the transformer's weights; every one must enter.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not there or has no FP8 though it is asked for, or the checkpoint is of no supported
+            family.
     """
     device = resolve_device(model.device)
-    dtypes = {"default": resolve_dtype(model.dtype, device), "vae": torch.float32}
-    pipeline = WanPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
+    dtype = resolve_dtype(model.dtype, device)
+    if model.linear == "fp8":
+        check_fp8(device, dtype)
+    dtypes = {"default": dtype, "vae": torch.float32}
+    family = adapter(family_of(folder))
+    left_out = {name: None for name in family.facts.parts if "encoder" in name} if encoders == "none" else {}
+    pipeline = family.loader().from_pretrained(folder, dtype=dtypes, local_files_only=True, **left_out)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    if share:
+        for transformer in transformers_of(pipeline, family):
+            share_weights(transformer.requires_grad_(False), family.blocks(transformer))
+    if model.linear == "fp8":
+        ops = dispatch.select("auto", device)
+        for transformer in transformers_of(pipeline, family):
+            for block in family.blocks(transformer):
+                # One after the other, so that the device never holds them all as they were.
+                quantize_linears([block.to(device)], family.facts.heavy, ops)
+    if device.type != "cpu":
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and (encoders == "device" or "encoder" not in name):
+                part.to(device)
+        prefer_cudnn(pipeline, family)
+    return pipeline
+
+
+def prefer_cudnn(pipeline: Any, family: Family) -> None:
+    """Has dense self-attention computed by cuDNN on GPUs where it is PyTorch's fastest: Hopper and newer."""
+    for transformer in transformers_of(pipeline, family):
+        half = transformer.dtype in (torch.bfloat16, torch.float16)
+        if half and torch.cuda.get_device_capability(transformer.device) >= (9, 0):
+            for attention in family.attentions(transformer):
+                attention.processor._attention_backend = AttentionBackendName(CUDNN)
 
 
 def quiet() -> None:
@@ -150,8 +232,9 @@ class PositionHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, session: Session, scheduler: Any) -> None:
+    def __init__(self, session: Session, scheduler: Any, number: int = 0) -> None:
         super().__init__()
+        self.number = number
         self.session = session
         self.scheduler = scheduler
         # diffusers sets the context on every StateManager of a stateful hook.
@@ -161,8 +244,17 @@ class PositionHook(ModelHook):
         context = self.announced.context
         step = self.scheduler.step_index if context.step_index is None else context.step_index
         steps = context.num_inference_steps or len(self.scheduler.timesteps)
-        self.session.enter(Position(step or 0, steps, context.name))
+        self.session.enter(Position(step or 0, steps, context_name(context.name, self.number)))
+        if self.number:
+            self._forget_earlier_transformers()
         return args, kwargs
+
+    def _forget_earlier_transformers(self) -> None:
+        """Frees what other transformers remember: they come one after the other and never back."""
+        memories = self.session.cache.memories
+        mine = {context_name(branch, self.number) for branch in ("cond", "uncond")}
+        for place in [place for place in memories if place[1] not in mine]:
+            del memories[place]
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.session.finish()

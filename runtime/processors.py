@@ -1,4 +1,4 @@
-"""diffusers attention processors, one per model family. They alone turn [B, N, H, D] into [B·H, N, D] and back."""
+"""diffusers attention processors: Wan's, and what the others share. They alone turn [B, N, H, D] into [B·H, N, D]."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from semvid.parallel.shard import pad
+from semvid.runtime.fp8 import apply_all
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
 from semvid.runtime.sparse import decision, dense_attention, sparse_attention
@@ -16,7 +17,7 @@ Rotary = tuple[Tensor, Tensor]
 class Processor(Protocol):
     """What diffusers calls for one attention layer."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class WanProcessor:
@@ -54,7 +55,8 @@ class WanProcessor:
         if isinstance(todo, Dense):
             self.session.meter.count_dense()
             if shard is None:
-                return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+                whole: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+                return whole
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("semvid's attention serves self-attention without a mask")
         if rotary_emb is None:
@@ -62,7 +64,7 @@ class WanProcessor:
         q, k, v = project(attn, hidden_states)
         turn = self.session.ops.norm_rotary
         q, k = (fold_turned(norm, x, rotary_emb, turn) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
-        v = _fold(v, attn.heads)
+        v = fold(v.unflatten(2, (attn.heads, -1)))
         if shard is not None:
             # Padding is never clustered, never attended, never counted.
             q, k, v = (x[:, : shard.tokens] for x in (q, k, v))
@@ -81,7 +83,8 @@ def project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         return q, k, v
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    q, k, v = apply_all((attn.to_q, attn.to_k, attn.to_v), x)
+    return q, k, v
 
 
 def fold_turned(norm: Any, x: Tensor, rotary_emb: Rotary, norm_rotary: Callable[..., Tensor]) -> Tensor:
@@ -91,10 +94,9 @@ def fold_turned(norm: Any, x: Tensor, rotary_emb: Rotary, norm_rotary: Callable[
     return norm_rotary(x, norm.weight, norm.eps, cosines, sines, heads)
 
 
-def _fold(x: Tensor, heads: int) -> Tensor:
-    """Returns [B, N, H·D] as [B·H, N, D]; a view where B is 1."""
-    folded: Tensor = x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
-    return folded
+def fold(x: Tensor) -> Tensor:
+    """Returns [B, N, H, D] as [B·H, N, D]; a view where B is 1."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def unfold(x: Tensor, batch: int) -> Tensor:

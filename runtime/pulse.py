@@ -1,8 +1,9 @@
 """What a rank tells those who watch it: counts that move only while its work moves. And, for tests, faults. No torch.
 
 The main thread counts each named point that it passes: a block of a model, a phase of an attention call, a frame that
-is written. Stuck in a collective it passes none. Two more counts are of what it may be waiting for: blocks that a GPU
-has finished, and bytes that the writer of checkpoints has written; both end by themselves where the main thread stands.
+is written. Stuck in a collective it passes none. All ranks pass the same points, so the one that hangs has passed the
+fewest. Two more counts are not compared: blocks that a GPU has finished, and what this rank does for all or beside the
+main thread, which are the blocks of encoders and the bytes that the writer of checkpoints has written.
 """
 
 import os
@@ -25,7 +26,7 @@ class Seen(NamedTuple):
     """What a board shows."""
 
     counts: tuple[int, int, int]
-    """Of the main thread, of its GPU, of the writer of checkpoints."""
+    """Of the points that all ranks pass, of its GPU, of what it does alone."""
     point: str
     """The last one that the main thread has passed; "" before the first."""
 
@@ -68,6 +69,13 @@ class Pulse:
         """Counts a point that the main thread passes."""
         self.point = point
         self.counts[0] += 1
+        self._show()
+        self.reach(point)
+
+    def beat_alone(self, point: str) -> None:
+        """Counts a point that the main thread of this rank passes and that of others does not."""
+        self.point = point
+        self.counts[2] += 1
         self._show()
         self.reach(point)
 

@@ -13,13 +13,14 @@ from semvid.parallel.budget import Rule, columns, density, find_map
 from semvid.parallel.collectives import broadcast_all
 from semvid.parallel.exchange import Counts, Layout, layout, plan_exchange
 from semvid.parallel.kmeans import Refined, over, refine_with
-from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, sides_of
+from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, pack_bits, sides_of
 from semvid.parallel.phases import phase
 from semvid.parallel.seeding import random_tokens, spread_tokens
 from semvid.parallel.shard import Shard
 from semvid.parallel.tail import Weights, squares, weigh
 from semvid.runtime.cache import Changed, Memory
 from semvid.runtime.config import AttentionConfig, cluster_counts
+from semvid.runtime.prompt import Prompt
 from semvid.runtime.schedule import Refresh, next_interval
 from semvid.runtime.session import Session
 
@@ -37,10 +38,10 @@ def refresh(
     """Returns new clusters of q and k, in order, with what follows from them, and the means if there is a tail.
 
     Every rank that shares the sequence must enter; where branches share clusters on several ranks, those of all
-    branches: the conditional one makes them and sends them.
+    branches: the conditional one makes them and sends them. Prompt tokens are in no cluster (`prompt`).
 
     Args:
-        q: local queries, [H, n, D], in token order; k and v likewise.
+        q: local queries, [H, n, D], in token order, a prompt's after those of the video; k and v likewise.
         k: keys.
         v: values.
         session: says where in the job this is; the refresh before is in its cache.
@@ -49,9 +50,11 @@ def refresh(
     """
     before = session.cache.get(layer, session.owner())
     interval = 0 if before is None else next_interval(session.config, before.refreshed())
+    video_q, video_k, video_v = (x[:, : x.shape[1] - session.prompt_rows] for x in (q, k, v))
     if session.shared and session.ranks.place.cfg > 0:
-        return _received(q, session, before)._replace(step=session.here().step, interval=interval), None
-    found, weights, means = _cluster(q, k, v, session, _starts(q, k, session, layer, todo), todo, before)
+        return _received(video_q, session, before)._replace(step=session.here().step, interval=interval), None
+    starts = _starts(video_q, video_k, session, layer, todo)
+    found, weights, means = _cluster(video_q, video_k, video_v, session, starts, todo, before)
     queries, keys = found.clusters
     rule, bias = _rule(session.config, _num_tokens(q, session)), None
     if weights is not None and session.config.selection == "error":
@@ -60,7 +63,7 @@ def refresh(
         log_n=None if weights is None else weights.log_n,
         step=session.here().step,
         interval=interval,
-        drift=None if found.changed is None else Changed(found.changed, _num_labels(q, session)),
+        drift=None if found.changed is None else Changed(found.changed, _num_labels(video_q, session)),
     )
     if session.shared and session.ranks.cfg is not None:
         # The ranks of the other branch wait for it in `_received`.
@@ -70,15 +73,20 @@ def refresh(
 
 def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
     """Returns a memory from a checkpoint with what follows from its labels and map; no collective."""
-    ops, (queries, keys) = session.ops, memory[:2]
+    ops, prompt = session.ops, session.prompt
+    queries, keys = (_ordered(side, prompt) for side in memory[:2])
     Ck = keys.centroids.shape[1]
     assert memory.bits is not None, "a checkpoint has the map"
     if memory.counts is not None:
-        whole = GlobalMap(memory.bits, Ck, memory.counts)
-        return memory._replace(counts=None, **_planned_across(q, k, v, session, whole, queries, keys))
+        whole = _counted(GlobalMap(memory.bits, Ck, memory.counts), prompt)
+        planned = _planned_across(q, k, v, session, whole, queries, keys)
+        return memory._replace(queries=queries, keys=keys, counts=None, **planned)
     with phase("plan"):
         block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
-        return memory._replace(bits=None, **_planned(queries, keys, block_map, session))
+        if prompt is not None:
+            block_map = prompt.selected(block_map)
+        planned = _planned(queries, keys, block_map, session)
+    return memory._replace(queries=queries, keys=keys, bits=None if prompt is None else memory.bits, **planned)
 
 
 def has_tail(config: AttentionConfig) -> bool:
@@ -139,21 +147,42 @@ def _place(
     bias: Tensor | None,
 ) -> Memory:
     """Returns clusters with their map, plans and exchange."""
-    ops = session.ops
+    prompt = session.prompt
     if session.shard is None:
-        sides = sides_of(queries, keys, bias)
-        with phase("map"):
-            block_map = find_map(sides, rule, ops, mean_over(q.shape[0], None))
-            share = density(block_map, sides, ops, tail=rule.tail)
-            if has_anchors(session.config):
-                share += anchors.cost(columns(block_map, keys.sizes, tail=rule.tail), q.shape[1])
-        with phase("plan"):
-            return Memory(queries, keys, share, **_planned(queries, keys, block_map, session))
-    whole = gather_map(queries, keys, rule, ops, session.ranks, bias)
+        return _place_whole(session, queries, keys, rule, bias)
+    whole = _counted(gather_map(queries, keys, rule, session.ops, session.ranks, bias), prompt)
+    queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     share = whole.density()
     if has_anchors(session.config):
         share += anchors.cost(whole.counts.keys_computed, session.shard.total)
     return Memory(queries, keys, share, bits=whole.bits, **_planned_across(q, k, v, session, whole, queries, keys))
+
+
+def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule, bias: Tensor | None) -> Memory:
+    """Returns clusters with their map and plan, where the sequence is whole."""
+    ops, prompt = session.ops, session.prompt
+    sides, bits = sides_of(queries, keys, bias), None
+    with phase("map"):
+        block_map = find_map(sides, rule, ops, mean_over(keys.sizes.shape[0], None))
+        if prompt is not None:
+            bits, block_map = pack_bits(block_map.selected), prompt.selected(block_map)
+            sides = sides._replace(q_sizes=prompt.sized(sides.q_sizes), k_sizes=prompt.sized(sides.k_sizes))
+        share = density(block_map, sides, ops, tail=rule.tail)
+        if has_anchors(session.config):
+            share += anchors.cost(columns(block_map, keys.sizes, tail=rule.tail), queries.labels.shape[1])
+    queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
+    with phase("plan"):
+        return Memory(queries, keys, share, bits=bits, **_planned(queries, keys, block_map, session))
+
+
+def _ordered(side: Clusters, prompt: Prompt | None) -> Clusters:
+    """Returns clusters whose order has the prompt's tokens too; labels, centroids and sizes stay the video's."""
+    return side if prompt is None else side._replace(permutation=prompt.ordered(side.permutation))
+
+
+def _counted(whole: GlobalMap, prompt: Prompt | None) -> GlobalMap:
+    """Returns a map whose counts have the prompt's tokens too; its bits stay those of video clusters."""
+    return whole if prompt is None else whole._replace(counts=prompt.counted(whole.counts))
 
 
 def _planned(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Session) -> dict[str, Any]:
@@ -185,6 +214,8 @@ def _planned_across(
         layouts, direct = (of_q, layout(k), layout(v)), session.windows is not None
         exchange = plan_exchange(counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
+        if session.prompt is not None:
+            block_map = session.prompt.selected(block_map)
         if of_queries is not None:
             block_map = anchors.select_all(block_map, keys.sizes[exchange.heads])
         plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]

@@ -15,6 +15,7 @@ from semvid.parallel.windows import Windows
 from semvid.runtime.cache import Cache, Memory
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import Density, DensityMeter
+from semvid.runtime.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,19 @@ class Session:
     """Memory that the ranks of the sequence share, where they can; rows travel by collectives otherwise."""
     shard: Shard | None = None
     """This rank's tokens in the current forward pass; None where the transformer is not sharded."""
+    prompt: Prompt | None = None
+    """The text tokens of the joint sequence in the current forward pass; None where it is video alone."""
     renew: Callable[..., Any] | None = None
     """Stands in for `semvid.runtime.refresh.refresh`, for other ways to divide the tokens beside ours."""
     probe: Callable[..., None] | None = None
     """Called after each sparse call with layer, q, k, v, out and the memory that it went by."""
     first_head: int = 0
     """The model's number of this rank's first head, where heads are shared from outside: random starts hang on it."""
+
+    @property
+    def prompt_rows(self) -> int:
+        """How many of this rank's last rows are prompt tokens."""
+        return 0 if self.prompt is None else self.prompt.own
 
     def enter(self, position: Position) -> None:
         """Begins a forward pass. One that does not follow the pass before begins a new job, and resets.
@@ -101,8 +109,21 @@ class Session:
         return self.config.share_branches == "yes"
 
     def owner(self) -> str:
-        """Returns the branch whose memories the current forward pass goes by."""
-        return "cond" if self.shared else self.here().branch
+        """Returns the branch whose memories the current forward pass goes by.
+
+        Raises:
+            ValueError: branches share them, but each has a prompt in the sequence, and the plans have the other's.
+        """
+        branch = self.here().branch
+        owner = self.owner_of(branch)
+        if owner != branch and self.prompt is not None:
+            text = "attention.share_branches is 'yes', but each branch has its prompt in the attended sequence"
+            raise ValueError(f"{text}; accepted: no")
+        return owner
+
+    def owner_of(self, branch: str) -> str:
+        """Returns the branch whose memories `branch` goes by: of each transformer the conditional one, if shared."""
+        return branch.replace("uncond", "cond") if self.shared else branch
 
     def here(self) -> Position:
         """Returns the current position.

@@ -11,9 +11,11 @@ out; `Session.shard` says how many rows are tokens. Gathering drops it.
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models._modeling_parallel import ContextParallelInput
 from torch import Tensor, nn
 
 from semvid.parallel.shard import Shard
@@ -22,20 +24,25 @@ from semvid.runtime.session import Session
 HOOK = "semvid.shard"
 
 
-def shard_transformer(transformer: nn.Module, session: Session) -> None:
+@dataclass(frozen=True)
+class PromptInput(ContextParallelInput):
+    """Text rows of a joint sequence: shared like its video tokens, but of another length, `Session.prompt`'s."""
+
+
+def shard_transformer(transformer: nn.Module, session: Session, plan: Mapping[str, Any] | None) -> None:
     """Makes `transformer` run on this rank's shard, inside; it takes and returns the whole latents as before.
 
     From then on every rank of `session.ranks.sequence` must run the same forward passes: gathering is a collective.
     Each pass learns the sequence's length from the first tensor that it splits, and leaves it in `session.shard`.
 
     Args:
-        transformer: a diffusers model with a `_cp_plan`, not sharded yet.
+        transformer: a diffusers model, not sharded yet.
         session: says which shard is this rank's.
+        plan: of the form of diffusers' `_cp_plan`, or None.
 
     Raises:
         ValueError: the model has no plan.
     """
-    plan = getattr(transformer, "_cp_plan", None)
     if plan is None:
         model = type(transformer).__name__
         raise ValueError(f"{model} has no _cp_plan: its sequence can't be shared; accepted: ring=1,ulysses=1")
@@ -47,9 +54,9 @@ def shard_transformer(transformer: nn.Module, session: Session) -> None:
     _registry(transformer).register_hook(_PassHook(session), HOOK)
 
 
-def unshard_transformer(transformer: nn.Module) -> None:
-    """Makes a sharded `transformer` run on the whole sequence again."""
-    for name in getattr(transformer, "_cp_plan", None) or {}:
+def unshard_transformer(transformer: nn.Module, plan: Mapping[str, Any] | None) -> None:
+    """Makes a `transformer` sharded by `plan` run on the whole sequence again."""
+    for name in plan or {}:
         for module in _modules(transformer, name):
             _registry(module).remove_hook(f"{HOOK}:{name}", recurse=False)
     _registry(transformer).remove_hook(HOOK, recurse=False)
@@ -105,6 +112,9 @@ class _SplitHook(ModelHook):
         if entry.expected_dims not in (None, x.dim()):
             return x
         session = self.session
+        if isinstance(entry, PromptInput):
+            assert session.prompt is not None, "a hook on the transformer finds the prompt"
+            return session.prompt.rows.split(x, entry.split_dim)
         if session.shard is None:
             session.shard = Shard(session.ranks.shard, session.ranks.mesh.sequence, x.shape[entry.split_dim])
         return session.shard.split(x, entry.split_dim)

@@ -13,6 +13,7 @@ from semvid.parallel.ring import Attend, attend_exchanged, attend_through_window
 from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import Memory
+from semvid.runtime.prompt import Prompt
 from semvid.runtime.refresh import Means, plan_again, refresh, share_of_anchors
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
@@ -108,7 +109,8 @@ def _tail(k: Tensor, v: Tensor, session: Session, memory: Memory, means: Means |
     if means is None:
         means = Means(*means_of([k, v], memory.keys, session.ops, session.ranks.sequence))
     heads = None if memory.exchange is None else memory.exchange.heads
-    return stand_ins(*means, memory.log_n, heads)
+    tail = stand_ins(*means, memory.log_n, heads)
+    return tail if session.prompt is None else session.prompt.stood_in(tail)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor:
@@ -147,26 +149,29 @@ def _dense_exchange(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Exchan
     """Returns the exchange of dense calls of these sizes, planned at the first of them."""
     shard, layouts = session.shard, (layout(q), layout(k), layout(v))
     assert shard is not None, "a whole sequence needs no exchange"
-    found = session.cache.dense.get((shard, q.shape[0], layouts))
+    place = (shard, session.prompt, q.shape[0], layouts)
+    found = session.cache.dense.get(place)
     if found is None:
         found = plan_exchange(
-            *_one_cluster(shard, q),
+            *_one_cluster(shard, session.prompt, q),
             layouts,
             session.ranks,
             session.ops,
             session.place_work,
             direct=session.windows is not None,
         )
-        session.cache.dense[shard, q.shape[0], layouts] = found
+        session.cache.dense[place] = found
     return found
 
 
-def _one_cluster(shard: Shard, x: Tensor) -> tuple[Counts, tuple[Permutation, Permutation]]:
+def _one_cluster(shard: Shard, prompt: Prompt | None, x: Tensor) -> tuple[Counts, tuple[Permutation, Permutation]]:
     """Returns counts and orders as if all tokens of a head of x, [H, n, D], were one cluster."""
     H, n, _ = x.shape
     tokens = torch.tensor(shard.all_tokens(), dtype=torch.int32, device=x.device)
+    if prompt is not None:
+        tokens += torch.tensor(prompt.of_shards(), dtype=torch.int32, device=x.device)
     counts = tokens[:, None, None].expand(-1, H, 1)
     order = torch.arange(n, dtype=torch.int32, device=x.device).expand(H, n).contiguous()
     offsets = torch.tensor([0, n], dtype=torch.int32, device=x.device).expand(H, 2)
-    computed = torch.full((H, 1), shard.total, dtype=torch.int32, device=x.device)
+    computed = tokens.sum(dtype=torch.int32).expand(H, 1)
     return Counts(counts, counts, computed), (Permutation(order, offsets),) * 2

@@ -1,4 +1,4 @@
-"""Has a pipeline's models beat: every block of the text encoder, the transformer and the VAE, also on the GPU."""
+"""Has a pipeline's models beat: every block of its encoders, its transformers and its VAE, also on the GPU."""
 
 import contextlib
 import threading
@@ -12,7 +12,6 @@ from semvid.parallel import phases
 from semvid.runtime.pulse import Pulse
 
 POLL_S = 0.5
-POINTS = {"text_encoder": "encode", "transformer": "block", "vae": "decode"}
 
 
 @contextlib.contextmanager
@@ -26,25 +25,41 @@ def beating(pipeline: Any, pulse: Pulse) -> Iterator[None]:
     on_gpu = pipeline.device.type == "cuda"
     with contextlib.ExitStack() as stack:
         stack.enter_context(phases.telling(pulse.beat))
-        for name, point in POINTS.items():
-            for block in _blocks(getattr(pipeline, name)):
-                hook = _counting(pulse, point, marks if on_gpu else None)
-                stack.callback(block.register_forward_pre_hook(hook).remove)
+        for point, block in _blocks(pipeline):
+            hook = _counting(pulse, point, marks if on_gpu else None)
+            stack.callback(block.register_forward_pre_hook(hook).remove)
         if on_gpu:
             stack.enter_context(_following(marks, pulse))
         yield
 
 
-def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yields the members of every ModuleList of a model."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            yield from module
+def _blocks(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yields the members of every ModuleList of a pipeline's models, whatever the family, and the point of each.
+
+    A rank may lack some models: of several the first alone encodes.
+    """
+    for name, model in pipeline.components.items():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        for path, module in model.named_modules(prefix=name):
+            if isinstance(module, torch.nn.ModuleList):
+                yield from ((_point(path), block) for block in module)
+
+
+def _point(path: str) -> str:
+    """Returns what the blocks at a path, such as "vae.decoder.up_blocks", count as."""
+    if path.startswith("transformer"):
+        return "block"
+    # Of a VAE the encoder serves videos that begin with an image.
+    return "encode" if "encoder" in path else "decode"
 
 
 def _counting(pulse: Pulse, point: str, marks: "deque[torch.cuda.Event] | None") -> Callable[..., None]:
+    # Of several ranks the first alone encodes.
+    beat = pulse.beat_alone if point == "encode" else pulse.beat
+
     def count(*_: Any) -> None:
-        pulse.beat(point)
+        beat(point)
         if marks is not None and not torch.cuda.is_current_stream_capturing():
             event = torch.cuda.Event()
             event.record()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
-from semvid.parallel.xdit import KEY, WholeAttention, ranks_of_xfuser, register_attention
+from semvid.parallel.xdit import KEY, WholeAttention, ranks_of_xfuser, register_attention, usp_dense
 from semvid.runtime.config import AttentionConfig, resolve
 from semvid.runtime.metrics import Density
 from semvid.runtime.models import HOOK, PositionHook, registry_of
+from semvid.runtime.processors import fold, fold_turned, project, unfold
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
 from semvid.runtime.sparse import decision, sparse_attention
@@ -138,3 +139,27 @@ class _PassHook(PositionHook):
                 "masks nothing; accepted: another size or number of frames, another ulysses degree, or sparsify"
             )
         return super().pre_forward(module, *args, **kwargs)
+
+
+class UspProcessor:
+    """Self-attention of a Wan block by xfuser's USP, in a transformer that is sharded as ours are: a yardstick."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the layer's output, [B, n, H·D], of this rank's tokens; arguments as WanProcessor's.
+
+        Raises:
+            ValueError: as `semvid.parallel.xdit.usp_dense`.
+        """
+        rotary_emb = kwargs["rotary_emb"] if "rotary_emb" in kwargs else args[2]
+        shard = self.session.shard
+        assert shard is not None, "the transformer is sharded"
+        q, k, v = project(attn, hidden_states)
+        turn = self.session.ops.norm_rotary
+        q, k = (fold_turned(norm, x, rotary_emb, turn) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
+        out = unfold(usp_dense(q, k, fold(v.unflatten(2, (attn.heads, -1))), shard.total), hidden_states.shape[0])
+        for module in attn.to_out:
+            out = module(out)
+        return out

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from semvid.kernels import reference
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import BlockMap, Clusters, Plan
-from semvid.launch.bench import checks
+from semvid.launch.bench import block_cases, checks
+from semvid.launch.bench.block_cases import Parts
 from semvid.launch.bench.checks import Check
 from semvid.launch.bench.workload import NORM_EPS, Projected, Workload, computed_pairs, padded_pairs, project
 from semvid.parallel.kmeans import refine
@@ -61,6 +63,7 @@ class Cases:
         """Returns what makes each case, by its name, in the order of the call."""
         return {
             "norm_rotary": self.norm_rotary,
+            **{parts.name: partial(made, parts) for parts in block_cases.ours(self.work, self.ops)},
             "assign q": lambda: self.assign("q"),
             "assign k": lambda: self.assign("k"),
             "cluster_sums k": self.cluster_sums,
@@ -322,6 +325,18 @@ def turned(name: str, turn: Callable[[Tensor], Tensor], given: Projected, *, bes
     # q and k are read and written, weight and tables read once for each of the two.
     moved = 2 * num_bytes(*given)
     return Case(name=name, call=lambda: (turn(given.q), turn(given.k)), check=check, moved_bytes=moved, beside=beside)
+
+
+def made(parts: Parts) -> Case:
+    """Returns the case of its parts."""
+    return Case(
+        name=parts.name,
+        call=parts.call,
+        check=parts.check,
+        useful_flops=parts.flops,
+        moved_bytes=parts.moved,
+        beside=parts.beside,
+    )
 
 
 def attention_tile(ops: Ops, q: Tensor) -> tuple[int, int, bool] | None:

@@ -83,7 +83,7 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
     from matplotlib.patches import Patch
 
     shapes = report["shapes"]
-    figure = Figure(figsize=(4.4 * len(shapes), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 4.4 * len(shapes)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     plots = figure.subplots(1, len(shapes), squeeze=False)[0]
     bars = [[(f"{world} x {row['name']}", row) for world, found in shape["worlds"].items() for row in found["rows"]
@@ -103,7 +103,8 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
         axes.spines[["top", "right"]].set_visible(False)
     plots[0].set_ylabel("ms of a call on rank 0 (number: median of the slowest rank)", fontsize=8)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    columns = 5 if len(shapes) == 1 else 8
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(f"{report['device']}, torch {report['versions']['torch']}, commit {report['commit']}", fontsize=9)
     figure.savefig(path, dpi=90)
     return None

@@ -214,7 +214,7 @@ class _Layer:
             call.sparse(REFRESH)
         attention = call.dense if todo is None else lambda: call.sparse(todo)
         heads, head_dim = self.shape.heads, self.shape.head_dim
-        block = wan_block(heads, head_dim, call.shard.tokens, call.q, attention, self.ops.norm_rotary)
+        block = wan_block(heads, head_dim, call.shard.tokens, call.q, attention, self.ops, fused=todo is not None)
         row = self._time(name, block)
         # Its weights must not stand beside the next case's.
         del block, attention

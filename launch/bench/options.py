@@ -68,6 +68,7 @@ PEERS = {
         Peer(name="flash-kmeans", packages=("flash-kmeans",), modules=("flash_kmeans",)),
         Peer(name="torch-permute", needs_gpu=False),
         Peer(name="torch-rotary", needs_gpu=False),
+        Peer(name="torch-block", needs_gpu=False),
         # It compiles a kernel a shape, which takes longer than all the rest.
         Peer(name="flex", in_all=False),
     )

@@ -60,7 +60,8 @@ class Options:
 class Made:
     """What one run of the loop made and took."""
 
-    latents: Tensor
+    state: denoise.Denoising
+    """Finished: its latents are the result."""
     density: Density
     seconds: float
     """Of all steps; where some are probed, those of their kind stand for them."""
@@ -84,6 +85,9 @@ def check(options: Options) -> tuple[Config, list[Method]]:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; accepted: {accepted[name]}")
     where = folder.locate(options.model)
     geometry = folder.inspect(where)
+    if geometry.family.joint:
+        what = f"{geometry.family.title}, whose attended sequence has text in it"
+        raise ValueError(f"--model is {options.model!r}, a model of {what}; accepted: one of video tokens alone")
     frames, height, width = options.size
     video = {"frames": frames, "height": height, "width": width, "steps": options.steps, "prompt": PROMPTS[0]}
     model = {"path": options.model, "device": options.device}
@@ -159,7 +163,7 @@ class _Bench:
         latents, frames = self._dense(video, number)
         for method in left:
             made, probe = self._made(video, method)
-            found = denoise.decode(self.pipeline, made.latents)
+            found = denoise.decode(self.pipeline, made.state)
             psnr, ssim = likeness_on(found, frames, self.pipeline.device)
             self._keep(
                 method=method.name,
@@ -169,7 +173,7 @@ class _Bench:
                 **_of_run(made),
                 psnr=psnr,
                 ssim=ssim,
-                latent_error=relative_error(made.latents, latents),
+                latent_error=relative_error(made.state.latents, latents),
                 calls=probe.found,
             )
 
@@ -179,8 +183,8 @@ class _Bench:
         if not path.is_file():
             dense = Method(name="dense", family="dense", attention={"method": "dense"})
             made, _ = self._made(video, dense)
-            frames = denoise.decode(self.pipeline, made.latents)
-            save_file({"latents": made.latents.cpu(), "frames": torch.from_numpy(frames)}, path)
+            frames = denoise.decode(self.pipeline, made.state)
+            save_file({"latents": made.state.latents.cpu(), "frames": torch.from_numpy(frames)}, path)
             if not any(run["method"] == "dense" and run["prompt"] == number for run in self.report["runs"]):
                 self._keep(method="dense", family="dense", attention={}, prompt=number, **_of_run(made))
         stored = load_file(path)
@@ -214,7 +218,7 @@ class _Bench:
             handle.remove()
         first = int(attention.dense_steps * video.steps + 1e-6) if method.attention.get("method") != "dense" else 0
         seconds = _without_probes(times, first, probe)
-        return Made(latents=state.latents, density=density, seconds=seconds, phase_ms=recorder.milliseconds()), probe
+        return Made(state=state, density=density, seconds=seconds, phase_ms=recorder.milliseconds()), probe
 
     def _timed(self, state: denoise.Denoising) -> Iterator[float]:
         self._wait()

@@ -18,9 +18,9 @@ def angles(D: int, frames: int, rows: int, columns: int) -> tuple[Tensor, Tensor
 
 def stock(x: Tensor, weight: Tensor, eps: float, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
     """The lines of diffusers' WanAttnProcessor (0.42.1), then the move to [B·H, N, D]."""
-    norm = torch.nn.RMSNorm(x.shape[-1], eps=eps).to(x)
+    norm = torch.nn.RMSNorm(len(weight), eps=eps).to(x)
     norm.weight.data = weight
-    hidden = norm(x).unflatten(2, (heads, -1))
+    hidden = norm(x.unflatten(2, (-1, len(weight)))).flatten(2).unflatten(2, (heads, -1))
     x1, x2 = hidden.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cosines[None, :, None, 0::2], sines[None, :, None, 1::2]
     out = torch.zeros_like(hidden)
@@ -32,18 +32,26 @@ def stock(x: Tensor, weight: Tensor, eps: float, cosines: Tensor, sines: Tensor,
 SIZES = [(1, (1, 1, 1), 1, 16), (2, (3, 3, 7), 3, 64), (1, (1, 5, 5), 12, 128)]
 
 
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("B", "grid", "heads", "D"), [(1, (1, 1, 1), 1, 16), (2, (3, 3, 7), 3, 64), (1, (1, 5, 5), 12, 128)]
 )
 def test_equals_diffusers_to_rounding(
-    backend: str, dtype: torch.dtype, B: int, grid: tuple[int, int, int], heads: int, D: int, device: torch.device
+    backend: str,
+    dtype: torch.dtype,
+    B: int,
+    grid: tuple[int, int, int],
+    heads: int,
+    D: int,
+    per_head: bool,
+    device: torch.device,
 ) -> None:
     torch.manual_seed(0)
     cosines, sines = (part.to(device) for part in angles(D, *grid))
     x = (3 * torch.randn(B, len(cosines), heads * D, device=device)).to(dtype)
-    weight = (1 + torch.randn(heads * D, device=device)).to(dtype)
+    weight = (1 + torch.randn(D if per_head else heads * D, device=device)).to(dtype)
     found = select(backend, device).norm_rotary(x, weight, 1e-5, cosines, sines, heads)
     expected = stock(x, weight, 1e-5, cosines, sines, heads)
     assert found.dtype == dtype
@@ -73,7 +81,7 @@ def test_wrong_shapes_are_refused() -> None:
     cosines, sines = angles(16, 1, 2, 2)
     x, weight = torch.zeros(1, 4, 32), torch.ones(32)
     for args, message in [
-        ((x, weight[:16], 1e-5, cosines, sines, 2), r"weight must be \[32\]"),
+        ((x, weight[:8], 1e-5, cosines, sines, 2), r"weight must be \[32\], or \[16\] for a norm of each head"),
         ((x, weight, 1e-5, cosines[:3], sines, 2), r"cosines must be float32 \[4, 16\]"),
         ((x, weight, 1e-5, cosines, sines.half(), 2), "sines must be float32"),
         ((x, weight, 1e-5, cosines, sines, 3), "x is 32 wide; accepted: heads"),

@@ -15,6 +15,7 @@ from semvid.launch.bench.quality_methods import chosen, config_of, methods
 from semvid.launch.bench.quality_probe import compare, oracle_gap
 from semvid.launch.bench.quality_report import goals
 from semvid.launch.bench.quality_rivals import by_blocks, by_exact_mass, exact_mass, fewest_keys
+from semvid.runtime import folder, published
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.refresh import refresh
 from semvid.runtime.schedule import Refresh
@@ -91,6 +92,13 @@ def test_bad_input_is_said_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert list(empty.iterdir()) == []
+
+
+def test_a_model_with_text_in_its_sequence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "inspect", lambda where: published.read("hunyuanvideo").geometry)
+    options = quality.as_options("demo", "9x80x80", steps=2, prompts=1, device="cpu")
+    with pytest.raises(ValueError, match="a model of HunyuanVideo .* has text in it; accepted: one of video tokens"):
+        quality.check(options)
 
 
 def test_every_method_is_a_setting_that_is_accepted() -> None:

@@ -56,8 +56,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     [
         ({"_class_name": "FluxPipeline"}, "a FluxPipeline"),
         ({"_class_name": None}, "of an unnamed family"),
-        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "a Wan 2.2 model with two transformers"),
-        ({"expand_timesteps": True}, "a Wan 2.2 TI2V model"),
+        ({"_class_name": "HunyuanVideo15Pipeline"}, "a HunyuanVideo-1.5 model"),
+        ({"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9}, "a Wan 2.2 image-to-video model"),
     ],
 )
 def test_an_unsupported_family_is_refused_with_those_that_are(

@@ -34,7 +34,7 @@ def test_our_loop_with_dense_equals_the_stock_pipeline_bit_for_bit(dtype: Any) -
     state = denoise.start(demo, video)
     assert list(denoise.steps(demo, state)) == [0, 1, 2, 3]
     assert torch.equal(state.latents, stock)
-    frames = denoise.decode(demo, state.latents)
+    frames = denoise.decode(demo, state)
     assert torch.equal(torch.from_numpy(frames), stock_frames(demo, stock))
 
 

@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from semvid.parallel.mesh import Mesh
 from semvid.parallel.phases import phase
+from semvid.parallel.ranks import connect
+from semvid.runtime import denoise, folder, models
+from semvid.runtime import job as jobs
+from semvid.runtime.generate import Progress, generate
 from semvid.runtime.pulse import BOARD_BYTES, Fault, Pulse, Seen, read_board
 from semvid.runtime.vital import beating
+
+FAMILIES = ["wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b", "hunyuanvideo"]
 
 
 def test_a_fault_comes_as_often_as_it_says_over_all_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +54,7 @@ def test_a_board_shows_counts_and_the_last_point() -> None:
 
 
 class Pipeline:
-    """Three models with blocks in lists, one of them nested."""
+    """Three models with blocks in lists, one of them nested; a part that is no model, and one that is not loaded."""
 
     device = torch.device("cpu")
 
@@ -60,6 +67,8 @@ class Pipeline:
         self.text_encoder.block = torch.nn.ModuleList([torch.nn.Linear(2, 2)])  # type: ignore[assignment]
         self.transformer.blocks = torch.nn.ModuleList([outer])  # type: ignore[assignment]
         self.vae.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])  # type: ignore[assignment]
+        models = {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}
+        self.components = {"tokenizer": object(), "image_encoder": None, **models}
 
 
 def test_every_block_and_phase_counts_inside_and_none_after() -> None:
@@ -67,7 +76,7 @@ def test_every_block_and_phase_counts_inside_and_none_after() -> None:
     passed: list[str] = []
 
     class Noting(Pulse):
-        def beat(self, point: str) -> None:
+        def reach(self, point: str) -> None:
             passed.append(point)
 
     def run() -> None:
@@ -86,9 +95,6 @@ def test_every_block_and_phase_counts_inside_and_none_after() -> None:
 
 
 def test_what_a_whole_job_counts_goes_on_from_its_start_to_its_last_frame(tiny_config: Any, tmp_path: Path) -> None:
-    from semvid.runtime import job as jobs
-    from semvid.runtime.generate import generate
-
     passed: list[str] = []
 
     class Noting(Pulse):
@@ -104,6 +110,85 @@ def test_what_a_whole_job_counts_goes_on_from_its_start_to_its_last_frame(tiny_c
     assert passed.count("block") % (3 * 2 * 3) == 0 < passed.count("block")
     assert passed.count("write") == 5 + 1
     assert {"cluster", "attend", "pack", "map"} <= set(kinds)
+
+
+class Placing(Pulse):
+    """Notes each point with the phase and the steps done where it was passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = ""
+        self.passed: list[tuple[str, int, str]] = []
+
+    def watch(self, progress: Progress) -> None:
+        self.phase = progress.phase
+
+    def reach(self, point: str) -> None:
+        self.passed.append((self.phase, self.step, point))
+
+    def points(self, phase: str) -> set[str]:
+        return {point for at, _, point in self.passed if at == phase}
+
+    def count(self, phase: str, point: str) -> int:
+        return sum((at, found) == (phase, point) for at, _, found in self.passed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_model_of_a_family_counts_in_its_own_phase(name: str, family_config: Any, tmp_path: Path) -> None:
+    video = {"boundary": 0.5} if name == "wan2.2-t2v-a14b" else {}
+    pulse = Placing()
+    generate(jobs.create(tmp_path / "job", family_config(name, **video)), pulse.watch, pulse=pulse)
+    # A video that begins with an image has the VAE's encoder beat, which is no decoding.
+    assert pulse.points("encode") == {"encode"}
+    assert pulse.count("encode", "encode") > 1
+    assert pulse.points("denoise") >= {"denoise", "block", "step", "cluster"}
+    assert not pulse.points("denoise") & {"encode", "decode"}
+    # Every step runs as many blocks, also those of a second transformer.
+    blocks = [sum(found == ("denoise", step, "block") for found in pulse.passed) for step in range(4)]
+    assert len(set(blocks)) == 1 <= blocks[0]
+    assert pulse.points("decode") == {"decode"}
+    assert pulse.count("decode", "decode") > 1
+
+
+def _counts_alike(rank: int, world: int, folders: list[Path]) -> None:
+    ranks = connect(Mesh(ulysses=world))
+    for place in folders:
+        pulse = Pulse()
+
+        def watch(progress: Progress, pulse: Pulse = pulse) -> None:
+            if progress.phase == "denoise":
+                count = pulse.counts[0]
+                most, least = ranks.largest([count, -count], torch.device("cpu"))
+                assert most == -least, "one that hangs is known by the least count"
+
+        generate(jobs.load(place), watch, ranks=ranks, pulse=pulse)
+        assert (pulse.counts[2] > 0) == (rank == 0)
+
+
+def test_ranks_count_alike_though_the_first_alone_encodes(family_config: Any, tmp_path: Path, spawn: Any) -> None:
+    made = [family_config(name, steps=2) for name in ("wan2.1-i2v-14b", "hunyuanvideo")]
+    spawn(2, _counts_alike, [jobs.create(tmp_path / str(n), config).folder for n, config in enumerate(made)])
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "hunyuanvideo"])
+def test_every_tile_of_a_video_counts(
+    name: str, family_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = family_config(name, steps=2)
+    counts = []
+    for tiled in (False, True):
+        pipeline = models.load_pipeline(folder.locate(config.model.path), config.model)
+        for side in ("height", "width"):
+            setattr(pipeline.vae, f"tile_sample_min_{side}", 48)
+            setattr(pipeline.vae, f"tile_sample_stride_{side}", 32)
+        monkeypatch.setattr(denoise, "is_tiled", lambda *_, tiled=tiled: tiled)
+        pulse = Placing()
+        result = generate(jobs.create(tmp_path / f"job-{tiled}", config), pulse.watch, pipeline, pulse=pulse)
+        assert result is not None
+        assert result.decoded_in_tiles == tiled
+        counts.append(pulse.count("decode", "decode"))
+    # 80 × 80 pixels are at least four tiles.
+    assert counts[1] - 1 >= 4 * (counts[0] - 1) > 0
 
 
 @pytest.mark.gpu

@@ -46,6 +46,17 @@ def test_counts_outlive_the_job_until_the_next_begins(session: Session) -> None:
     assert run(session, (5, "cond")) == [False]
 
 
+def test_shared_clusters_are_those_of_the_conditional_branch_of_each_transformer() -> None:
+    ops, names = select("reference", torch.device("cpu")), ["cond", "uncond", "cond-2", "uncond-2"]
+    for share, expected in (("yes", ["cond", "cond", "cond-2", "cond-2"]), ("no", names)):
+        made = Session(AttentionConfig(share_branches=share), ops, seed=0)
+        found = []
+        for branch in names:
+            made.enter(Position(0, 9, branch))
+            found.append(made.owner())
+        assert found == expected
+
+
 def test_attention_outside_a_forward_pass_is_refused(session: Session) -> None:
     with pytest.raises(RuntimeError, match="outside the transformer's forward pass"):
         session.here()

@@ -72,7 +72,7 @@ def _equals_one_rank(rank: int, world: int, sizes: list[tuple[int, int, int]]) -
     session = session_of(connect(Mesh(ulysses=world)))
     cases = [inputs(size, batch, each) for size in sizes for batch in (1, 2) for each in (False, True)]
     whole = [model(**case)[0] for case in cases]
-    shard_transformer(model, session)
+    shard_transformer(model, session, model._cp_plan)
     for case, expected in zip(cases, whole, strict=True):
         processor.inputs.clear()
         torch.testing.assert_close(model(**case)[0], expected)
@@ -81,7 +81,7 @@ def _equals_one_rank(rank: int, world: int, sizes: list[tuple[int, int, int]]) -
         for x in processor.inputs:
             assert x.shape[1] == shard.rows
             assert x.isfinite().all()
-    unshard_transformer(model)
+    unshard_transformer(model, model._cp_plan)
     for case, expected in zip(cases, whole, strict=True):
         assert torch.equal(model(**case)[0], expected)
 
@@ -139,7 +139,7 @@ class Planned(nn.Module):
 def test_a_plan_is_followed_by_name_position_list_and_wildcard() -> None:
     model, x = Planned(), torch.arange(5.0)
     mine = torch.tensor([3.0, 4.0, 0.0])
-    shard_transformer(model, second_of(2))
+    shard_transformer(model, second_of(2), model._cp_plan)
     *outputs, (_, _) = model(x, x)
     assert torch.equal(model.ids, x), "one dimension where the plan speaks of two"
     lists, mask, extra = model.first.seen
@@ -157,7 +157,7 @@ def test_a_plan_is_followed_by_name_position_list_and_wildcard() -> None:
 
 def test_a_plan_that_splits_another_length_is_refused() -> None:
     model = Planned()
-    shard_transformer(model, second_of(2))
+    shard_transformer(model, second_of(2), model._cp_plan)
     with pytest.raises(ValueError, match="dimension 0 has 5 rows, the sequence has 7"):
         model(torch.arange(5.0), torch.zeros(7, 2))
 
