@@ -77,13 +77,14 @@ def made(name: str, model: Published, config: Config, gpus: int) -> Deployment:
     """Returns a deployment of its parts.
 
     Raises:
-        ValueError: a size that the model can't make, more clusters than tokens, a density below that of the stand-ins,
-            or no GPU.
+        ValueError: a size that the model can't make, anchors that it can't have, more clusters than tokens, a density
+            below that of the stand-ins, or no GPU.
     """
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; accepted: 1 or more")
     folder.check_size(config.video, model.geometry)
-    configs.check_tokens(config.attention, model.geometry.tokens(config.video))
+    folder.check_anchors(config.attention, model.family)
+    configs.check_tokens(config.attention, model.geometry.tokens(config.video), joint=model.family.joint)
     return Deployment(name=name, model=model, config=config, gpus=gpus)
 
 

@@ -102,9 +102,9 @@ class AttentionConfig:
     tail: Literal["none", "first", "second"] = "none"
     """"first": key clusters that are not selected enter through their mean key and mean value. "second": weighed by the
     spread of the cluster's keys too."""
-    anchors: Literal["no", "yes"] = "no"
+    anchors: Literal["no", "yes", "auto"] = "no"
     """"yes": the mean of each query cluster is computed over all keys too, and what its sparse result lacks is added to
-    the cluster's queries."""
+    the cluster's queries. "auto": where the sequence holds video alone; "yes" is refused where it holds text too."""
     dense_steps: float = 0.2
     """Share of the steps, from the first, that stay dense; rounded down to whole steps."""
     dense_layers: int = 1
@@ -324,11 +324,26 @@ def _check_reuse(attention: AttentionConfig) -> None:
     _require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
 
 
-def check_tokens(attention: AttentionConfig, tokens: int) -> None:
-    """Raises ValueError if a sequence of `tokens` tokens can't have the clusters or the density asked for."""
+def has_anchors(attention: AttentionConfig, *, joint: bool) -> bool:
+    """Returns whether anchors are computed, in a `joint` sequence (video and text) or in one of video alone.
+
+    With p = 1 they lack nothing, and the result is dense exactly.
+    """
+    asked = attention.anchors == "yes" or (attention.anchors == "auto" and not joint)
+    return asked and (attention.p < 1 or attention.density is not None)
+
+
+def check_tokens(attention: AttentionConfig, tokens: int, *, joint: bool = False) -> None:
+    """Raises ValueError if a sequence of `tokens` tokens can't have the clusters or the density asked for.
+
+    Args:
+        attention: the setting.
+        tokens: of video.
+        joint: whether text is in the sequence too.
+    """
     queries, keys = cluster_counts(attention, tokens)
     parts = {f"the stand-ins of {keys} key clusters": keys} if attention.tail != "none" else {}
-    if attention.anchors == "yes":
+    if has_anchors(attention, joint=joint):
         # Each is one row of all keys, and one of the least that a row can have.
         parts[f"the anchors of {queries} query clusters"] = round(queries * (1 + sum(parts.values()) / tokens))
     least = sum(parts.values()) / tokens

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime.config import DEMO_MODEL, Config, VideoConfig, check_tokens, read_toml
+from semvid.runtime.config import DEMO_MODEL, AttentionConfig, Config, VideoConfig, check_tokens, read_toml
 from semvid.runtime.families import facts
 from semvid.runtime.families.facts import Facts
 
@@ -130,13 +130,16 @@ def check(config: Config, geometry: Geometry) -> None:
     check_options(config.video, geometry.family)
     if config.job.share_weights and config.model.linear == "fp8":
         raise ValueError("job.share_weights is True with model.linear 'fp8'; accepted: one of them")
-    if config.attention.anchors == "yes" and geometry.family.joint:
-        title = geometry.family.title
-        raise ValueError(
-            f"attention.anchors is 'yes', which {title} with its text in the sequence has not; accepted: no"
-        )
+    check_anchors(config.attention, geometry.family)
     if config.attention.method == "clusters":
-        check_tokens(config.attention, geometry.tokens(config.video))
+        check_tokens(config.attention, geometry.tokens(config.video), joint=geometry.family.joint)
+
+
+def check_anchors(attention: AttentionConfig, family: Facts) -> None:
+    """Raises ValueError if anchors are insisted on for a family that has text in the sequence."""
+    if attention.anchors == "yes" and family.joint:
+        what = f"{family.title} with its text in the sequence has not"
+        raise ValueError(f"attention.anchors is 'yes', which {what}; accepted: no, or auto, which is no there")
 
 
 def check_options(video: VideoConfig, family: Facts) -> None:

@@ -17,7 +17,7 @@ from semvid.parallel.windows import open_windows
 from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
 from semvid.runtime.families.adapters import adapter, adapter_of
 from semvid.runtime.families.family import Family, context_name
-from semvid.runtime.folder import family_of
+from semvid.runtime.folder import check_anchors, family_of
 from semvid.runtime.fp8 import check_fp8, quantize_linears
 from semvid.runtime.fused import fuse, unfuse
 from semvid.runtime.metrics import Density
@@ -112,6 +112,7 @@ def sparsify(
         raise ValueError("this pipeline is sparsified already; remove() that handle first")
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
+    check_anchors(attention, family.facts)
     session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
     if attention.method != "dense":
         # First, so that everything else stays around it.

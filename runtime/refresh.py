@@ -19,7 +19,7 @@ from semvid.parallel.seeding import random_tokens, spread_tokens
 from semvid.parallel.shard import Shard
 from semvid.parallel.tail import Weights, squares, weigh
 from semvid.runtime.cache import Changed, Memory
-from semvid.runtime.config import AttentionConfig, cluster_counts
+from semvid.runtime.config import AttentionConfig, cluster_counts, has_anchors
 from semvid.runtime.prompt import Prompt
 from semvid.runtime.schedule import Refresh, next_interval
 from semvid.runtime.session import Session
@@ -56,7 +56,7 @@ def refresh(
     starts = _starts(video_q, video_k, session, layer, todo)
     found, weights, means = _cluster(video_q, video_k, video_v, session, starts, todo, before)
     queries, keys = found.clusters
-    rule, bias = _rule(session.config, _num_tokens(q, session)), None
+    rule, bias = _rule(session, _num_tokens(q, session)), None
     if weights is not None and session.config.selection == "error":
         bias = weights.bias
     memory = _place(q, k, v, session, queries, keys, rule, bias)._replace(
@@ -94,9 +94,9 @@ def has_tail(config: AttentionConfig) -> bool:
     return config.tail != "none" and (config.p < 1 or config.density is not None)
 
 
-def has_anchors(config: AttentionConfig) -> bool:
-    """Returns whether anchors are computed: with p = 1 they lack nothing, and the result is dense exactly."""
-    return config.anchors == "yes" and (config.p < 1 or config.density is not None)
+def _is_anchored(session: Session) -> bool:
+    """Returns whether the current forward pass has anchors."""
+    return has_anchors(session.config, joint=session.prompt is not None)
 
 
 def share_of_anchors(queries: Clusters, session: Session) -> Share:
@@ -105,9 +105,9 @@ def share_of_anchors(queries: Clusters, session: Session) -> Share:
     return Share(ranks.shard, ranks.mesh.sequence, queries.centroids.shape[1])
 
 
-def _rule(config: AttentionConfig, tokens: int) -> Rule:
-    density = config.density
-    if density is not None and has_anchors(config):
+def _rule(session: Session, tokens: int) -> Rule:
+    config, density = session.config, session.config.density
+    if density is not None and _is_anchored(session):
         # They take their part of it: C rows of all keys and C of this density.
         share = cluster_counts(config, tokens)[0] / tokens
         density = (density - share) / (1 + share)
@@ -153,7 +153,7 @@ def _place(
     whole = _counted(gather_map(queries, keys, rule, session.ops, session.ranks, bias), prompt)
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     share = whole.density()
-    if has_anchors(session.config):
+    if _is_anchored(session):
         share += anchors.cost(whole.counts.keys_computed, session.shard.total)
     return Memory(queries, keys, share, bits=whole.bits, **_planned_across(q, k, v, session, whole, queries, keys))
 
@@ -168,7 +168,7 @@ def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule
             bits, block_map = pack_bits(block_map.selected), prompt.selected(block_map)
             sides = sides._replace(q_sizes=prompt.sized(sides.q_sizes), k_sizes=prompt.sized(sides.k_sizes))
         share = density(block_map, sides, ops, tail=rule.tail)
-        if has_anchors(session.config):
+        if _is_anchored(session):
             share += anchors.cost(columns(block_map, keys.sizes, tail=rule.tail), queries.labels.shape[1])
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     with phase("plan"):
@@ -196,7 +196,7 @@ def _planned(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Se
 
 def _anchored(queries: Clusters, session: Session) -> Permutation | None:
     """Returns the order of this rank's queries and anchors; None without anchors."""
-    if not has_anchors(session.config):
+    if not _is_anchored(session):
         return None
     return anchors.order_of(queries, share_of_anchors(queries, session), session.ops)
 

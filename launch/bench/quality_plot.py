@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from semvid.launch.bench.quality_report import is_curve
+
 COLOURS = {"svg2": "#c0392b", "ours": "#2a6fbb", "blocks": "#8a8f98", "oracle": "#27803f", "presets": "#d68910"}
 # (file, horizontal, its title, vertical, its title)
 PLOTS = (
@@ -40,7 +42,7 @@ def _plot(report: Mapping[str, Any], path: Path, x: str, x_title: str, y: str, y
             by_family.setdefault(row["family"], []).append(row)
     for family, rows in by_family.items():
         rows.sort(key=lambda row: row[x])
-        line = "-" if family in ("svg2", "ours") else ""
+        line = "-" if is_curve(family) else ""
         axes.plot(
             [r[x] for r in rows], [r[y] for r in rows], line, marker="o", ms=4, color=COLOURS.get(family), label=family
         )

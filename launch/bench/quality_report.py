@@ -19,6 +19,11 @@ GOALS = (
 )
 
 
+def is_curve(family: str) -> bool:
+    """Returns whether the methods of a family are points of one curve."""
+    return family == "svg2" or family not in NO_CURVE
+
+
 def run_line(found: Mapping[str, Any]) -> str:
     """Returns one run in one line."""
     if "psnr" not in found:

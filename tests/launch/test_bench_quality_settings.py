@@ -7,7 +7,7 @@ import pytest
 from semvid.launch import cli
 from semvid.launch.bench import quality
 from semvid.launch.bench.quality_methods import chosen, config_of, methods
-from semvid.launch.bench.quality_report import summary
+from semvid.launch.bench.quality_report import is_curve, summary
 from semvid.launch.bench.quality_settings import bases, read_settings
 from semvid.runtime.config import resolve
 
@@ -127,6 +127,8 @@ def test_goals_are_read_off_every_curve() -> None:
     ]
     goals = summary({"runs": runs})["goals"]
     assert list(goals) == ["wide"]
+    drawn = [family for family in dict.fromkeys(str(run["family"]) for run in runs) if is_curve(family)]
+    assert drawn == ["svg2", "wide", "own"]
     assert goals["wide"]["density_at_svg2s_psnr"] == pytest.approx(0.2)
     assert goals["wide"]["psnr_over_svg2s"] is None
 

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from semvid.runtime import config as configs
-from semvid.runtime.config import AttentionConfig, ClusterCounts, check_tokens, cluster_counts, measured, resolve
+from semvid.runtime.config import (
+    AttentionConfig,
+    ClusterCounts,
+    check_tokens,
+    cluster_counts,
+    has_anchors,
+    measured,
+    resolve,
+)
 
 PROMPT = {"video": {"prompt": "a ball"}}
 
@@ -97,6 +105,7 @@ def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
         ({"attention": {"density": 0.2, "head_floor": 0.3}}, r"attention.head_floor is 0.3; accepted: 0 .. 0.2"),
         ({"attention": {"selection": "error"}}, r"attention.selection is 'error'; accepted: mass; error needs"),
         ({"attention": {"tail": "third"}}, r"attention.tail is 'third'; accepted: none, first, second"),
+        ({"attention": {"anchors": "on"}}, r"attention.anchors is 'on'; accepted: no, yes, auto"),
         ({"attention": {"refresh_growth": 0.5}}, r"attention.refresh_growth is 0.5; accepted: 1 or more"),
         ({"attention": {"refresh": "drift", "refresh_every": 30}}, r"attention.refresh_most is 25; accepted: 30"),
         ({"attention": {"drift": 0}}, r"attention.drift is 0.0; accepted: 0 < drift <= 1"),
@@ -143,6 +152,22 @@ def test_a_density_below_what_stand_ins_cost_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0.1550: so much do the stand-ins of 20 .* and the anchors of 10 query clus"):
         check_tokens(both, 200)
     check_tokens(dataclasses.replace(both, density=0.16), 200)
+    # Where text is in the sequence, "auto" has no anchors to pay for.
+    auto = dataclasses.replace(both, anchors="auto")
+    check_tokens(auto, 200, joint=True)
+    with pytest.raises(ValueError, match="and the anchors of 10 query clusters cost"):
+        check_tokens(auto, 200)
+
+
+@pytest.mark.parametrize(
+    ("asked", "alone", "joint"), [("no", False, False), ("yes", True, True), ("auto", True, False)]
+)
+def test_auto_has_anchors_where_the_sequence_is_video_alone(asked: Any, alone: bool, joint: bool) -> None:
+    attention = AttentionConfig(anchors=asked)
+    assert (has_anchors(attention, joint=False), has_anchors(attention, joint=True)) == (alone, joint)
+    everything = dataclasses.replace(attention, p=1.0)
+    assert not has_anchors(everything, joint=False)
+    assert has_anchors(dataclasses.replace(everything, density=0.5), joint=False) == alone
 
 
 def test_a_preset_may_say_where_it_was_measured(tmp_path: Path) -> None:
@@ -161,9 +186,11 @@ def test_a_checkpoint_may_name_its_preset() -> None:
         resolve(None, PROMPT, checkpoint={"preset": 3})
 
 
-@pytest.mark.parametrize("name", ["quality", "balanced", "turbo"])
-def test_our_presets_say_where_they_were_measured(name: str) -> None:
+@pytest.mark.parametrize(("name", "floor"), [("quality", 0.2), ("balanced", 0.1), ("turbo", 0.02)])
+def test_our_presets_differ_in_their_floor_and_say_where_they_were_measured(name: str, floor: float) -> None:
     found = resolve(None, PROMPT, preset=name).attention
+    assert (found.floor, found.p, found.anchors) == (floor, 0.05, "auto")
     assert (found.tail, found.selection, found.share_branches) == ("second", "error", "yes")
+    assert dataclasses.replace(found, floor=0.1) == resolve(None, PROMPT, preset="balanced").attention
     assert found.clusters == resolve(None, PROMPT, preset="svg2").attention.clusters
     assert "the demo model" in (measured(name) or "")

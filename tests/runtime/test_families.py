@@ -1,5 +1,6 @@
 """Every model family: through our loop, with everything selected, and against diffusers' own pipeline."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semvid.runtime import denoise, folder, load_pipeline, sparsify
-from semvid.runtime.config import AttentionConfig, Config, VideoConfig
+from semvid.runtime.config import AttentionConfig, Config, VideoConfig, resolve
 
 Make = Callable[..., Config]
 Stock = Callable[[Any, VideoConfig], Tensor]
@@ -90,6 +91,40 @@ def test_with_a_tail_too_everything_selected_equals_the_stock_pipeline(family_co
     latents, density, _ = run(pipeline, config)
     torch.testing.assert_close(latents, stock(pipeline, config.video), rtol=1e-4, atol=1e-4)
     assert density.sparse == 1.0
+
+
+@pytest.mark.parametrize("preset", ["quality", "balanced", "turbo"])
+def test_a_preset_leaves_anchors_out_where_text_is_in_the_sequence(family_config: Make, preset: str) -> None:
+    settings = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
+    config = family_config("hunyuanvideo")
+    auto, no = (
+        dataclasses.replace(config, attention=dataclasses.replace(settings, anchors=anchors, dense_steps=0.0))
+        for anchors in ("auto", "no")
+    )
+    pipeline = load(auto)
+    (found, density, _), (expected, without, _) = run(pipeline, auto), run(pipeline, no)
+    assert torch.equal(found, expected)
+    assert 0 < density.sparse < 1
+    assert density == without
+
+
+def test_anchors_by_auto_are_those_of_yes_in_a_sequence_of_video(family_config: Make) -> None:
+    found = {}
+    for anchors in ("auto", "yes", "no"):
+        config = family_config("wan2.1-t2v-1.3b", TAIL | {"p": 0.5, "anchors": anchors})
+        found[anchors] = run(load(config), config)[0]
+    assert torch.equal(found["auto"], found["yes"])
+    assert not torch.allclose(found["auto"], found["no"])
+
+
+def test_anchors_that_are_insisted_on_are_refused_where_text_is_in_the_sequence(family_config: Make) -> None:
+    config = family_config("hunyuanvideo", {"anchors": "yes"})
+    message = "attention.anchors is 'yes', which HunyuanVideo .* has not; accepted: no, or auto"
+    with pytest.raises(ValueError, match=message):
+        load(config)
+    pipeline = load(family_config("hunyuanvideo"))
+    with pytest.raises(ValueError, match=message):
+        sparsify(pipeline, attention=config.attention)
 
 
 def test_an_image_changes_the_video_and_is_needed(family_config: Make, image: Path, tmp_path: Path) -> None:

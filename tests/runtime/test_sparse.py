@@ -266,16 +266,18 @@ def test_dense_layers_and_steps_are_left_to_the_model() -> None:
     assert isinstance(decision(session, 2), Refresh)
 
 
-def test_every_backend_tells_the_same_story(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [{}, {"tail": "second", "anchors": "yes"}])
+def test_every_backend_tells_the_same_story(
+    parts: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if device.type == "cpu":
         # The interpreter walks a block element by element.
         monkeypatch.setattr("semvid.kernels.permute.SORT_BLOCK", 64)
     x = tuple(part.to(device) for part in qkv(63))
     found = []
     for backend in ("reference", "triton"):
-        session = Session(
-            AttentionConfig(dense_steps=0.0, p=0.6, refresh_every=2, first_iterations=1), select(backend, device), 0
-        )
+        config = AttentionConfig(dense_steps=0.0, p=0.6, refresh_every=2, first_iterations=1, **parts)
+        session = Session(config, select(backend, device), 0)
         for step in range(2):
             session.enter(Position(step, 2, "cond"))
             out = sparse_attention(*x, session, 1, decision(session, 1))
@@ -285,9 +287,9 @@ def test_every_backend_tells_the_same_story(device: torch.device, monkeypatch: p
     assert 0 < found[0][1] < 1
 
 
-def on_gpu() -> tuple[Session, tuple[Tensor, Tensor, Tensor]]:
+def on_gpu(**parts: Any) -> tuple[Session, tuple[Tensor, Tensor, Tensor]]:
     """A session of the GPU's kernels after one seeded call, and its bf16 input of 12 heads."""
-    settings = AttentionConfig(dense_steps=0.0, refresh_every=2, query_clusters=40, key_clusters=120)
+    settings = AttentionConfig(dense_steps=0.0, refresh_every=2, query_clusters=40, key_clusters=120, **parts)
     session = Session(settings, select("auto", torch.device("cuda")), 0)
     session.enter(Position(0, 10, "cond"))
     torch.manual_seed(0)
@@ -299,9 +301,10 @@ def on_gpu() -> tuple[Session, tuple[Tensor, Tensor, Tensor]]:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("parts", [{}, {"tail": "second", "anchors": "yes"}])
 @pytest.mark.parametrize(("step", "todo"), [(1, Reuse()), (2, Refresh(2, seeded=False))])
-def test_a_call_never_waits_for_the_host(step: int, todo: object) -> None:
-    session, x = on_gpu()
+def test_a_call_never_waits_for_the_host(step: int, todo: object, parts: dict[str, Any]) -> None:
+    session, x = on_gpu(**parts)
     for other in (1, 2):
         # Compiles what either decision needs.
         session.enter(Position(other, 10, "cond"))
