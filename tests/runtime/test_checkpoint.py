@@ -20,7 +20,7 @@ from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import connect
 from semvid.runtime import checkpoint, models, parts
 from semvid.runtime import job as jobs
-from semvid.runtime.config import DEMO_MODEL, Config, JobConfig
+from semvid.runtime.config import DEMO_MODEL, Config, JobConfig, ModelConfig
 from semvid.runtime.folder import locate
 from semvid.runtime.generate import Progress, generate
 from semvid.runtime.job import Job, StoppedError
@@ -65,7 +65,7 @@ def pipeline(tiny_model: Path) -> Any:
 
 
 def load(model: Path) -> Any:
-    return models.load_pipeline(model, SimpleNamespace(device="cpu", dtype="fp32"))
+    return models.load_pipeline(model, ModelConfig(device="cpu", dtype="fp32"))
 
 
 def stopping(after: int) -> Callable[[Progress], None]:
