@@ -61,7 +61,7 @@ def test_weights_are_in_the_precision_that_a_loader_leaves_them_in_and_repeat() 
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="--model is 'sora'; accepted: hunyuanvideo, toy, wan2.1-i2v-14b"):
+    with pytest.raises(ValueError, match="--model is 'sora'; accepted: hunyuanvideo, toy, toy-joint, wan2.1-i2v-14b"):
         published.read("sora")
 
 
