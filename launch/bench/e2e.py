@@ -15,7 +15,7 @@ from semvid.kernels.dispatch import select
 from semvid.launch import env, estimate, worker
 from semvid.launch.bench import e2e_rank
 from semvid.launch.bench.e2e_rank import FP8, OURS
-from semvid.launch.bench.layer import COLOURS
+from semvid.launch.bench.layer import COLOURS, check_gpus
 from semvid.launch.bench.replay import SOURCE, trace_model
 from semvid.launch.bench.video_options import E2eOptions, check_e2e
 from semvid.launch.deployment import step_kinds
@@ -45,7 +45,7 @@ def run(options: E2eOptions, folder: Path) -> tuple[dict[str, Any], list[str]]:
     for world in options.gpus:
         worker.resolve_mesh(options.mesh, world, guided=deployment.guided)
     if options.device == "cuda":
-        _check_gpus(max(options.gpus))
+        check_gpus(max(options.gpus), "--config toy")
     select(options.backend, torch.device(options.device))
     reason = xdit.missing() if options.usp else None
     if reason is not None:
@@ -198,10 +198,3 @@ def _ranks(mesh: str) -> int:
     """Returns how many ranks a mesh's text has."""
     degrees: Sequence[int] = [int(part.split("=")[1]) for part in mesh.split(",")]
     return Mesh(cfg=degrees[0], ring=degrees[1], ulysses=degrees[2]).world_size
-
-
-def _check_gpus(most: int) -> None:
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if most > found:
-        accepted = f"1 .. {found}" if found else "--device cpu with --config toy"
-        raise ValueError(f"--gpus is {most}, but there are {found} usable GPUs; accepted: {accepted}")

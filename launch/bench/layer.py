@@ -49,7 +49,7 @@ def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]
         ValueError: there are fewer GPUs, or the backend can't run here; before any work.
     """
     if options.device == "cuda":
-        _check_gpus(max(options.gpus))
+        check_gpus(max(options.gpus), "--shape toy")
     select(options.backend, torch.device(options.device))
     reason = xdit.missing() if options.usp else None
     if reason is not None:
@@ -110,10 +110,11 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
     return None
 
 
-def _check_gpus(most: int) -> None:
+def check_gpus(most: int, toy: str) -> None:
+    """Raises ValueError if there are fewer than `most` GPUs; `toy` is what a CPU could run instead."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if most > found:
-        accepted = f"1 .. {found}" if found else "--device cpu with --shape toy"
+        accepted = f"1 .. {found}" if found else f"--device cpu with {toy}"
         raise ValueError(f"--gpus is {most}, but there are {found} usable GPUs; accepted: {accepted}")
 
 
