@@ -74,6 +74,44 @@ class Tail(NamedTuple):
     """fp32 [H, Ck]: natural log of the cluster's size; -inf for an empty cluster."""
 
 
+class Shared(NamedTuple):
+    """A block of memory on each rank, all mapped into this one."""
+
+    blocks: list[Tensor]
+    """Contiguous [1, M, D] each, of one dtype."""
+    steps: Tensor
+    """int64 [P]: elements from the first block to each."""
+    aligned: bool
+    """Whether all begin at a multiple of 16 bytes and 16 elements from the first."""
+
+
+class Addresses(NamedTuple):
+    """Where this rank's rows lie, and where on which rank they belong."""
+
+    sources: list[Tensor]
+    """int32 [1, R] each: rows of a flat local tensor."""
+    ranks: Tensor
+    """uint8 [1, R]."""
+    targets: Tensor
+    """int32 [1, R]: the row in that rank's block."""
+    offsets: Tensor
+    """int32 [G, C + 1]: the runs of each own piece's clusters."""
+
+
+def shared(blocks: list[Tensor]) -> Shared:
+    """Returns each rank's block with the way from one to the next, on the device of the first.
+
+    Raises:
+        ValueError: a block is not contiguous, or of another dtype than the first.
+    """
+    if any(block.dtype != blocks[0].dtype or not block.is_contiguous() for block in blocks):
+        raise ValueError(f"blocks must be contiguous and of one dtype, not {[block.dtype for block in blocks]}")
+    places, size = [block.data_ptr() for block in blocks], blocks[0].element_size()
+    steps = [(place - places[0]) // size for place in places]
+    found = torch.tensor(steps, dtype=torch.int64, device=blocks[0].device)
+    return Shared(blocks, found, all(p % 16 == 0 for p in places) and all(step % 16 == 0 for step in steps))
+
+
 def check_rows(name: str, x: Tensor) -> tuple[int, int, int]:
     """Returns (H, N, D) of a floating [H, N, D] tensor.
 

@@ -1,11 +1,13 @@
 """Sorting tokens by cluster: a stable counting sort of the labels, and the movement of rows by its order."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from semvid.kernels.layout import Permutation, check_index, check_rows
+from semvid.kernels.layout import Permutation, Shared, check_index, check_rows
 
 # Tokens that one warp sorts in registers. A power of two: a sort key is label · BLOCK + position.
 SORT_BLOCK = 1024
@@ -75,35 +77,64 @@ def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     return out
 
 
-def copy_rows(x: Tensor, source: Tensor, out: Tensor, target: Tensor) -> None:
-    """Copies rows of x to places in out: out[h, target[h, i]] = x[h, source[h, i]]; what else out holds stays.
+def scatter_among(x: Tensor, source: Tensor, blocks: Shared, ranks: Tensor, targets: Tensor) -> None:
+    """Copies rows of x into the ranks' blocks: blocks[ranks[i]][targets[i]] = x[source[i]]; the rest stays.
 
     Args:
-        x: [H, N, D], any floating dtype; heads and tokens may be strided.
-        source: int32 [H, n].
-        out: contiguous [H, M, D], of x's dtype; it may lie in another GPU's memory, and so may x.
-        target: int32 [H, n], different places.
+        x: [1, N, D], any floating dtype.
+        source: int32 [1, R].
+        blocks: of x's dtype and D; they may lie in the memory of other GPUs.
+        ranks: uint8 [1, R].
+        targets: int32 [1, R], different places on each rank.
     """
-    H, _, D = check_rows("x", x)
-    n = source.shape[-1]
-    check_index("source", source, (H, n))
-    check_index("target", target, (H, n))
-    if out.dtype != x.dtype or out.shape[::2] != (H, D) or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {x.dtype} [{H}, M, {D}], not {out.dtype} {list(out.shape)}")
-    if source.numel() == 0 or D == 0:
-        return
-    x = with_packed_rows(x)
-    block_d = triton.next_power_of_2(D)
-    rows = max(1, min(1024, BYTES_MOVED // (block_d * x.element_size())))
-    _copy_rows[(triton.cdiv(n, rows), H)](
-        x, source, out, target, n, out.shape[1], source.stride(0), target.stride(0), *x.stride()[:2],
-        D=D, BLOCK_D=block_d, ROWS=rows, num_warps=4,
-    )  # fmt: skip
+    _launch_among(x, source, blocks, ranks, targets, fetch=False)
+
+
+def gather_among(blocks: Shared, ranks: Tensor, targets: Tensor, out: Tensor, places: Tensor) -> None:
+    """Copies rows of the ranks' blocks to places in out: out[places[i]] = blocks[ranks[i]][targets[i]]; the rest stays.
+
+    Args:
+        blocks: of out's dtype and D; they may lie in the memory of other GPUs.
+        ranks: uint8 [1, R].
+        targets: int32 [1, R].
+        out: [1, N, D], any floating dtype.
+        places: int32 [1, R], different ones.
+    """
+    _launch_among(out, places, blocks, ranks, targets, fetch=True)
 
 
 def with_packed_rows(x: Tensor) -> Tensor:
     """Returns x [H, N, D] itself if the elements of a row are neighbours in memory, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _launch_among(near: Tensor, places: Tensor, blocks: Shared, ranks: Tensor, targets: Tensor, *, fetch: bool) -> None:
+    _, _, D = check_rows("x", near)
+    R = places.shape[1]
+    check_index("places", places, (1, R))
+    check_index("targets", targets, (1, R))
+    far = blocks.blocks[0]
+    if ranks.dtype != torch.uint8 or tuple(ranks.shape) != (1, R):
+        raise ValueError(f"ranks must be uint8 [1, {R}], not {ranks.dtype} {list(ranks.shape)}")
+    if far.dtype != near.dtype or far.shape[2] != D or not near.is_contiguous():
+        raise ValueError(f"rows must be contiguous {far.dtype} of {far.shape[2]}, not {near.dtype} of {D}")
+    if R == 0 or D == 0:
+        return
+    block_d = triton.next_power_of_2(D)
+    rows = max(1, min(1024, BYTES_MOVED // (block_d * near.element_size())))
+    num_blocks = triton.cdiv(R, rows)
+    _move_among[(num_blocks,)](
+        near, places, far, blocks.steps, ranks, targets, R, _coprime(num_blocks),
+        D=D, BLOCK_D=block_d, ROWS=rows, FETCH=fetch, STEP=16 if blocks.aligned else 1, num_warps=4,
+    )  # fmt: skip
+
+
+def _coprime(n: int) -> int:
+    """Returns a number near 0.618 n that shares no factor with n: its multiples, modulo n, come by everywhere."""
+    step = max(1, round(0.618 * n))
+    while math.gcd(step, n) > 1:
+        step += 1
+    return step
 
 
 def _launch_move(x: Tensor, order: Tensor, out: Tensor, *, scatter: bool) -> None:
@@ -217,19 +248,30 @@ def _move_rows(
 
 
 @triton.jit(
-    do_not_specialize=["n", "out_rows", "source_step", "target_step"],
-    do_not_specialize_on_alignment=["source_ptr", "target_ptr"],
+    do_not_specialize=["R", "stride"],
+    do_not_specialize_on_alignment=["places_ptr", "ranks_ptr", "targets_ptr"],
 )
-def _copy_rows(
-    x_ptr, source_ptr, out_ptr, target_ptr, n, out_rows, source_step, target_step, x_stride_h, x_stride_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+def _move_among(
+    near_ptr, places_ptr, far_ptr, steps_ptr, ranks_ptr, targets_ptr, R, stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, FETCH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """out[target[i]] = x[source[i]]. What differs from refresh to refresh is not compiled for."""
-    h = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """far[rank[i]][target[i]] = near[place[i]], or the other way if FETCH.
+
+    Programs that run together take rows from everywhere in the list, so that no rank is everyone's at once.
+    """
+    block = (tl.program_id(0).to(tl.int64) * stride) % tl.num_programs(0)
+    i = block * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    source = tl.load(source_ptr + h * source_step + i, mask=i < n, other=0).to(tl.int64)
-    target = tl.load(target_ptr + h * target_step + i, mask=i < n, other=0).to(tl.int64)
-    inside = (i < n)[:, None] & (d < D)[None, :]
-    row = tl.load(x_ptr + h * x_stride_h + source[:, None] * x_stride_n + d[None, :], mask=inside)
-    tl.store(out_ptr + (h * out_rows + target[:, None]) * D + d[None, :], row, mask=inside)
+    here = i < R
+    place = tl.load(places_ptr + i, mask=here, other=0).to(tl.int64)
+    rank = tl.load(ranks_ptr + i, mask=here, other=0).to(tl.int32)
+    target = tl.load(targets_ptr + i, mask=here, other=0).to(tl.int64)
+    # Elements of any dtype are 2 bytes or more.
+    step = tl.multiple_of(tl.load(steps_ptr + rank, mask=here, other=0), STEP)
+    inside = here[:, None] & (d < D)[None, :]
+    near = near_ptr + place[:, None] * D + d[None, :]
+    far = far_ptr + (step + target * D)[:, None] + d[None, :]
+    if FETCH:
+        tl.store(near, tl.load(far, mask=inside), mask=inside)
+    else:
+        tl.store(far, tl.load(near, mask=inside), mask=inside)

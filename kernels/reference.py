@@ -11,10 +11,12 @@ from torch import Tensor
 from semvid.kernels.layout import (
     FP8,
     FP8_LARGEST,
+    Addresses,
     BlockMap,
     Permutation,
     Plan,
     Rows8,
+    Shared,
     Tail,
     check_attention,
     check_budget,
@@ -128,18 +130,34 @@ def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     return out.scatter_(1, order.long()[..., None].expand_as(x), x)
 
 
-def copy_rows(x: Tensor, source: Tensor, out: Tensor, target: Tensor) -> None:
-    """Copies rows of x to places in out: out[h, target[h, i]] = x[h, source[h, i]]; what else out holds stays.
+def scatter_among(x: Tensor, source: Tensor, blocks: Shared, ranks: Tensor, targets: Tensor) -> None:
+    """Copies rows of x into the ranks' blocks: blocks[ranks[i]][targets[i]] = x[source[i]]; the rest stays.
 
     Args:
-        x: [H, N, D].
-        source: int32 [H, n].
-        out: [H, M, D], of x's dtype.
-        target: int32 [H, n], different places.
+        x: [1, N, D].
+        source: int32 [1, R].
+        blocks: of x's dtype and D.
+        ranks: uint8 [1, R].
+        targets: int32 [1, R], different places on each rank.
     """
-    check_rows("x", x)
-    check_index("target", target, tuple(source.shape))
-    out.scatter_(1, target.long()[..., None].expand(-1, -1, x.shape[2]), gather_rows(x, source))
+    for rank, block in enumerate(blocks.blocks):
+        going = ranks[0] == rank
+        block[0, targets[0, going].long()] = x[0, source[0, going].long()]
+
+
+def gather_among(blocks: Shared, ranks: Tensor, targets: Tensor, out: Tensor, places: Tensor) -> None:
+    """Copies rows of the ranks' blocks to places in out: out[places[i]] = blocks[ranks[i]][targets[i]]; the rest stays.
+
+    Args:
+        blocks: of out's dtype and D.
+        ranks: uint8 [1, R].
+        targets: int32 [1, R].
+        out: [1, N, D].
+        places: int32 [1, R], different ones.
+    """
+    for rank, block in enumerate(blocks.blocks):
+        coming = ranks[0] == rank
+        out[0, places[0, coming].long()] = block[0, targets[0, coming].long()]
 
 
 def top_p_map(
@@ -423,6 +441,43 @@ def target_rows(
     targets = _counted((start + base[:, None] - first).flatten(), lengths, total)
     offsets = torch.nn.functional.pad(ends.clamp(first, last) - first, (1, 0))
     return targets.to(torch.int32)[None], offsets.to(torch.int32)
+
+
+def addresses(
+    order: Tensor, counts: Tensor, source: int, pieces: Tensor, spans: Tensor, cuts: Tensor, *steps: tuple[int, int]
+) -> Addresses:
+    """Returns where one source's rows lie and belong: n rows for each span, in the order of their labels.
+
+    Rows of a head are counted through its clusters, in a cluster source by source; a cut takes a stretch of them.
+
+    Args:
+        order: int32 [H, n]: the source's tokens of each head in the order of their labels.
+        counts: int32 [U, H, C], each source's tokens in each cluster.
+        source: which.
+        pieces: int64 [H + G, 4]: head, first row, one after the last, and the place of the first; every head as a
+            whole, then the pieces whose runs are wanted.
+        spans: int64 [S, 3]: a head, and the first and one after the last of `cuts` among which its rows are.
+        cuts: int64 [T, 4]: first row, one after the last, rank, and the place of the first in that rank's block.
+        steps: (rows from head to head, rows from token to token) of a tensor that is read or written, one or two.
+    """
+    check_index("order", order, tuple(order.shape))
+    H, n = order.shape
+    begins = torch.arange(H, device=order.device)[None] * n
+    rows = target_rows(counts, pieces[:H], begins, source, H * n, n)[0].view(H, n)
+    tokens, ranks, targets = [], [], []
+    for head, first_cut, last_cut in spans.tolist():
+        row = rows[head]
+        rank, target = torch.zeros_like(row), torch.zeros_like(row)
+        for first, last, of_rank, place in cuts[first_cut:last_cut].tolist():
+            inside = (row >= first) & (row < last)
+            rank[inside] = of_rank
+            target[inside] = row[inside] - first + place
+        tokens.append([head * h + order[head] * t for h, t in steps])
+        ranks.append(rank)
+        targets.append(target)
+    sources = [torch.cat([x[i] for x in tokens]).to(torch.int32)[None] for i in range(len(steps))]
+    _, offsets = target_rows(counts, pieces[H:], begins[:, :0], 0, 0, 0)
+    return Addresses(sources, torch.cat(ranks).to(torch.uint8)[None], torch.cat(targets)[None], offsets)
 
 
 def unpack_map(bits: Tensor, heads: Tensor, Ck: int) -> Tensor:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semvid.kernels.layout import check_index
+from semvid.kernels.layout import Addresses, check_index
 from semvid.kernels.runs import count_up_to
 
 ROWS = 1024
@@ -48,20 +48,44 @@ def target_rows(
         total: rows listed.
         most: rows of one source and piece, at most.
     """
-    (U, _, C), S, G, device = counts.shape, len(begins), len(pieces), counts.device
+    C, S, G, device = counts.shape[2], len(begins), len(pieces), counts.device
     targets = torch.empty(1, total, dtype=torch.int32, device=device)
-    offsets = torch.empty(G, C + 1, dtype=torch.int32, device=device)
-    if G == 0:
-        return targets, offsets
-    counts = counts if counts.stride(2) == 1 else counts.contiguous()
-    ends, shifts = (torch.empty(S, G, C, dtype=torch.int32, device=device) for _ in range(2))
-    block = max(16, min(1024, triton.next_power_of_2(C)))
-    _clip_runs[(G, S)](
-        counts, pieces, offsets, ends, shifts, *counts.stride()[:2], G, C, first_source, SOURCES=U, BLOCK=block
-    )
-    if total > 0:
+    offsets, ends, shifts = _clipped(counts, pieces, first_source, S)
+    if G > 0 and total > 0:
         _target_rows[(triton.cdiv(most, ROWS), S * G)](ends, shifts, begins, targets, C, C.bit_length(), BLOCK=ROWS)
     return targets, offsets
+
+
+def addresses(
+    order: Tensor, counts: Tensor, source: int, pieces: Tensor, spans: Tensor, cuts: Tensor, *steps: tuple[int, int]
+) -> Addresses:
+    """Returns where one source's rows lie and belong: n rows for each span, in the order of their labels.
+
+    Rows of a head are counted through its clusters, in a cluster source by source; a cut takes a stretch of them.
+
+    Args:
+        order: int32 [H, n]: the source's tokens of each head in the order of their labels.
+        counts: int32 [U, H, C], each source's tokens in each cluster; sources and heads may be strided.
+        source: which.
+        pieces: int64 [H + G, 4]: head, first row, one after the last, and the place of the first; every head as a
+            whole, then the pieces whose runs are wanted.
+        spans: int64 [S, 3]: a head, and the first and one after the last of `cuts` among which its rows are.
+        cuts: int64 [T, 4]: first row, one after the last, rank, and the place of the first in that rank's block.
+        steps: (rows from head to head, rows from token to token) of a tensor that is read or written, one or two.
+    """
+    check_index("order", order, tuple(order.shape))
+    (H, n), C, S = order.shape, counts.shape[2], len(spans)
+    offsets, ends, shifts = _clipped(counts, pieces, source, 1)
+    found = [torch.empty(1, S * n, dtype=torch.int32, device=order.device) for _ in steps]
+    ranks = torch.empty(1, S * n, dtype=torch.uint8, device=order.device)
+    targets = torch.empty(1, S * n, dtype=torch.int32, device=order.device)
+    if S * n > 0:
+        other = len(steps) - 1
+        _addresses[(triton.cdiv(n, ROWS), S)](
+            order, ends, shifts, spans, cuts, found[0], found[other], ranks, targets, n, C, C.bit_length(),
+            *steps[0], *steps[other], TWO=other > 0, BLOCK=ROWS,
+        )  # fmt: skip
+    return Addresses(found, ranks, targets, offsets[H:])
 
 
 def unpack_map(bits: Tensor, heads: Tensor, Ck: int) -> Tensor:
@@ -82,6 +106,22 @@ def unpack_map(bits: Tensor, heads: Tensor, Ck: int) -> Tensor:
     return selected
 
 
+def _clipped(counts: Tensor, pieces: Tensor, first_source: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns of each piece the runs, int32 [G, C + 1], and of S sources and each piece where its rows of each cluster
+    end in the list, and what takes their number there to their place, int32 [S, G, C].
+    """
+    (U, _, C), G = counts.shape, len(pieces)
+    offsets = torch.empty(G, C + 1, dtype=torch.int32, device=counts.device)
+    ends, shifts = (torch.empty(S, G, C, dtype=torch.int32, device=counts.device) for _ in range(2))
+    if G > 0:
+        counts = counts if counts.stride(2) == 1 else counts.contiguous()
+        block = max(16, min(1024, triton.next_power_of_2(C)))
+        _clip_runs[(G, S)](
+            counts, pieces, offsets, ends, shifts, *counts.stride()[:2], G, C, first_source, SOURCES=U, BLOCK=block
+        )
+    return offsets, ends, shifts
+
+
 @triton.jit(do_not_specialize=["n"])
 def _source_rows(
     order, spans, out_a, out_b, n, head_a, token_a, head_b, token_b, TWO: tl.constexpr, BLOCK: tl.constexpr
@@ -95,7 +135,7 @@ def _source_rows(
         tl.store(out_b + begin + i, (head * head_b + token * token_b).to(tl.int32), mask=i < length)
 
 
-@triton.jit(do_not_specialize=["G", "first_source"], do_not_specialize_on_alignment=["counts"])
+@triton.jit(do_not_specialize=["G", "first_source"], do_not_specialize_on_alignment=["counts", "pieces"])
 def _clip_runs(
     counts, pieces, offsets, ends, shifts, source_step, head_step, G, C, first_source,
     SOURCES: tl.constexpr, BLOCK: tl.constexpr,
@@ -146,6 +186,35 @@ def _target_rows(ends, shifts, begins, targets, C, steps, BLOCK: tl.constexpr):
     cluster = count_up_to(ends, C, i, steps)
     shift = tl.load(shifts + place * C + cluster, mask=inside, other=0)
     tl.store(targets + tl.load(begins + place) + i, i + shift, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["order", "ends", "spans", "cuts", "ranks"])
+def _addresses(
+    order, ends, shifts, spans, cuts, out_a, out_b, ranks, targets, n, C, steps, head_a, token_a, head_b, token_b,
+    TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    span = tl.program_id(1).to(tl.int64)
+    head, cut, last_cut = tl.load(spans + span * 3), tl.load(spans + span * 3 + 1), tl.load(spans + span * 3 + 2)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    # Of equal ends (clusters without rows) all are passed.
+    cluster = count_up_to(ends + head * C, C, i, steps)
+    row = i + tl.load(shifts + head * C + cluster, mask=inside, other=0)
+    rank = tl.zeros([BLOCK], tl.int32)
+    target = tl.zeros([BLOCK], tl.int32)
+    while cut < last_cut:
+        first, last = tl.load(cuts + cut * 4), tl.load(cuts + cut * 4 + 1)
+        taken = (row >= first) & (row < last)
+        rank = tl.where(taken, tl.load(cuts + cut * 4 + 2).to(tl.int32), rank)
+        target = tl.where(taken, (row - first + tl.load(cuts + cut * 4 + 3)).to(tl.int32), target)
+        cut += 1
+    place = span * n + i
+    tl.store(ranks + place, rank.to(tl.uint8), mask=inside)
+    tl.store(targets + place, target, mask=inside)
+    token = tl.load(order + head * n + i, mask=inside, other=0)
+    tl.store(out_a + place, (head * head_a + token * token_a).to(tl.int32), mask=inside)
+    if TWO:
+        tl.store(out_b + place, (head * head_b + token * token_b).to(tl.int32), mask=inside)
 
 
 @triton.jit

@@ -56,8 +56,7 @@ class Route:
     received: list[int]
     """Rows from each rank."""
     target: Tensor
-    """int32 [1, rows received]: where each arriving row belongs in [pieces · rows]. Of a direct exchange int32 [1, rows
-    sent]: where each row sent belongs in its receiver's."""
+    """int32 [1, rows received]: where each arriving row belongs in [pieces · rows]."""
     pieces: int
     rows: int
     """Rows of a piece in the joined tensor; a piece may use fewer."""
@@ -108,12 +107,13 @@ class Exchange:
     q_rows: int
     """Of q on this rank: its tokens, and anchors."""
     num_heads: int
-    room: tuple[int, int]
-    """Rows of the largest joined queries and of the largest joined keys of any rank."""
     layouts: tuple[Layout, Layout, Layout]
     """How q, k and v lay in memory when it was planned, and must lie."""
-    direct: bool
-    """Whether rows are written to where they belong, in the other ranks' memory (`windows`)."""
+
+    @property
+    def k_offsets(self) -> list[Tensor]:
+        """The runs of the key clusters of each hop."""
+        return [hop.offsets for hop in self.hops]
 
     def rows_sent(self, rank: int) -> int:
         """Returns how many rows rank `rank`, this one, sends to others: q, k and v there, out back."""
@@ -154,8 +154,6 @@ def plan_exchange(
     ranks: Ranks,
     ops: Ops,
     place_work: Placement = balance,
-    *,
-    direct: bool = False,
 ) -> Exchange:
     """Returns the exchange of one layer. One host synchronisation, for the counts; no collective.
 
@@ -166,9 +164,7 @@ def plan_exchange(
         ranks: the mesh and this rank's place on it.
         ops: the backend.
         place_work: cuts the work of a ring row into parts.
-        direct: plan for `windows`; the ring axis must be 1.
     """
-    assert not direct or ranks.mesh.ring == 1, "windows serve one ring row"
     # Every head has every token.
     k_tokens = counts.keys[:, :1].sum((1, 2), dtype=torch.int32)
     q_counts, k_tokens_there, keys_computed = _on_host([counts.queries, k_tokens, counts.keys_computed])
@@ -176,7 +172,7 @@ def plan_exchange(
         plan = draw_up(q_counts, k_tokens_there, keys_computed, ranks, place_work)
     mesh, place, H = ranks.mesh, ranks.place, counts.queries.shape[1]
     legs = [plan.queries, *plan.keys]
-    tables = _on_device([x for leg in legs for x in (leg.spans, leg.goals, leg.pieces, leg.begins)], counts.queries)
+    tables = on_device([x for leg in legs for x in (leg.spans, leg.pieces, leg.begins)], counts.queries)
     # Values lie as the model left them, results as the model wants them: tokens first.
     steps = [(layouts[0], Layout(1, H)), *[layouts[1:]] * mesh.ring]
     orders = [permutations[0].order, *[permutations[1].order] * mesh.ring]
@@ -184,37 +180,28 @@ def plan_exchange(
     sides = [counts.queries, *[counts.keys] * mesh.ring]
     made = []
     for i, leg in enumerate(legs):
-        spans, goals, pieces, begins = tables[4 * i : 4 * i + 4]
+        spans, pieces, begins = tables[3 * i : 3 * i + 3]
         sources = ops.source_rows(orders[i], spans, sum(leg.sent), *steps[i])
         of_row = sides[i][rows[i] * mesh.ulysses : (rows[i] + 1) * mesh.ulysses]
-        if direct:
-            # Of the own pieces only the runs are wanted: nothing is listed.
-            begins = begins[:1]
-        target, offsets = ops.target_rows(of_row, pieces, begins, 0, 0 if direct else sum(leg.received), leg.most)
-        if direct:
-            target, _ = ops.target_rows(
-                of_row, goals, spans[None, :, 0].contiguous(), place.ulysses, sum(leg.sent), leg.most
-            )
+        target, offsets = ops.target_rows(of_row, pieces, begins, 0, sum(leg.received), leg.most)
         routes = [Route(source, leg.sent, leg.received, target, len(pieces), leg.rows) for source in sources]
         made.append((routes, offsets))
     ((queries, home), q_offsets), *hops = made
     return Exchange(
         plan.pieces,
-        tables[2][:, 0],
+        tables[1][:, 0],
         queries,
         q_offsets,
         home.source,
         [Hop(keys, values, offsets) for (keys, values), offsets in hops],
         plan.q_rows,
         H,
-        (plan.queries.room, plan.keys[0].room),
         layouts,
-        direct,
     )
 
 
-def _on_device(tables: Sequence[Ints], like: Tensor) -> list[Tensor]:
-    """Returns whole numbers as int64 tensors on the device of `like`: one copy, no wait."""
+def on_device(tables: Sequence[Ints], like: Tensor) -> list[Tensor]:
+    """Returns tables of whole numbers as int64 tensors on the device of `like`: one copy, no wait."""
     flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]))
     if like.is_cuda:
         pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)

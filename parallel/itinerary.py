@@ -26,19 +26,15 @@ class Leg(NamedTuple):
     spans: Ints
     """int64 [S, 4], what is sent: where the span begins among the rows sent, its head, its first place in the order of
     labels, its length."""
-    goals: Ints
-    """int64 [S, 4], the pieces that the spans go to: head, first row, one after the last, and the place of the first in
-    the receiver's joined tensor."""
     pieces: Ints
-    """int64 [G, 4], what is received: likewise, in this rank's own."""
+    """int64 [G, 4], what is received: head, first row, one after the last, and the place of the first in the joined
+    tensor."""
     begins: Ints
     """int64 [U, G]: where a source's rows of a piece begin among the rows received."""
     rows: int
     """Of the longest piece, this rank's."""
     most: int
     """Rows from one source for one piece, at most; sent or received."""
-    room: int
-    """Rows of the largest joined tensor of any rank."""
 
 
 class Itinerary(NamedTuple):
@@ -93,13 +89,11 @@ def _query_leg(row_counts: Ints, parts: Sequence[Sequence[Piece]], tokens: Seque
     received[members] = [sum(end - start for start, end in part) for part in coming]
     heads = [piece.head for part in parts for piece in part]
     flat = [span for part in going for span in part]
-    table = _spans([(head, start, end - start) for head, (start, end) in zip(heads, flat, strict=True)])
+    spanned = _spans([(head, start, end - start) for head, (start, end) in zip(heads, flat, strict=True)])
     lengths = [[end - start for start, end in part] for part in coming]
-    goals = [_places(part, _longest(part)) for part in parts]
     most = _most([*lengths, [end - start for start, end in flat]])
-    room = max(len(part) * _longest(part) for part in parts)
-    begins, rows = _begins(lengths), _longest(parts[own])
-    return Leg(sent, received, table, np.concatenate(goals), goals[own], begins, rows, most, room)
+    begins, rows = _begins(lengths), longest(parts[own])
+    return Leg(sent, received, spanned, places(parts[own], rows), begins, rows, most)
 
 
 def _key_leg(parts: Sequence[Sequence[Sequence[Piece]]], tokens: Sequence[int], ranks: Ranks, hop: int) -> Leg:
@@ -114,16 +108,10 @@ def _key_leg(parts: Sequence[Sequence[Sequence[Piece]]], tokens: Sequence[int], 
     sent[here] = [own * len(part) for part in parts[reader]]
     received[there] = [n * len(mine) for n in tokens[there]]
     rows = sum(tokens[there])
-    table = _spans([(piece.head, 0, own) for part in parts[reader] for piece in part])
+    spanned = _spans([(piece.head, 0, own) for part in parts[reader] for piece in part])
     lengths = [[n] * len(mine) for n in tokens[there]]
-    # The readers' ring row gets the rows of this one.
-    whole = sum(tokens[_members(ranks, place.ring)])
-    goals = [_places([Piece(piece.head, 0, whole) for piece in part], whole) for part in parts[reader]]
-    pieces = _places([Piece(piece.head, 0, rows) for piece in mine], rows)
-    room = rows * max(len(part) for part in parts[place.ring])
-    return Leg(
-        sent, received, table, np.concatenate(goals), pieces, _begins(lengths), rows, max(own, _most(lengths)), room
-    )
+    pieces = places([Piece(piece.head, 0, rows) for piece in mine], rows)
+    return Leg(sent, received, spanned, pieces, _begins(lengths), rows, max(own, _most(lengths)))
 
 
 def _local_span(counts: Ints, source: int, first: int, last: int) -> tuple[int, int]:
@@ -143,20 +131,19 @@ def _local_span(counts: Ints, source: int, first: int, last: int) -> tuple[int, 
 
 def _spans(spans: Sequence[tuple[int, int, int]]) -> Ints:
     """Returns spans (head, first place, length) with their beginnings before them."""
-    table = _table(spans, 3)
-    begins = np.cumsum(table[:, 2]) - table[:, 2]
-    return np.column_stack([begins, table])
+    found = table(spans, 3)
+    return np.column_stack([np.cumsum(found[:, 2]) - found[:, 2], found])
 
 
-def _places(pieces: Sequence[Piece], rows: int) -> Ints:
+def places(pieces: Sequence[Piece], rows: int) -> Ints:
     """Returns pieces with the place of each one's first row, if each has `rows` of them in the joined tensor."""
-    return _table([(*piece, place * rows) for place, piece in enumerate(pieces)], 4)
+    return table([(*piece, place * rows) for place, piece in enumerate(pieces)], 4)
 
 
 def _begins(lengths: Sequence[Sequence[int]]) -> Ints:
     """Returns where each of the stretches begins, one after the other."""
-    table = np.array(lengths, np.int64)
-    begins: Ints = (np.cumsum(table) - table.ravel()).reshape(table.shape)
+    found = np.array(lengths, np.int64)
+    begins: Ints = (np.cumsum(found) - found.ravel()).reshape(found.shape)
     return begins
 
 
@@ -164,11 +151,13 @@ def _most(lengths: Sequence[Sequence[int]]) -> int:
     return max((length for part in lengths for length in part), default=0)
 
 
-def _longest(pieces: Sequence[Piece]) -> int:
+def longest(pieces: Sequence[Piece]) -> int:
+    """Returns the rows of the longest piece, 0 where there is none."""
     return max((piece.last - piece.first for piece in pieces), default=0)
 
 
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Ints:
+def table(rows: Sequence[tuple[int, ...]], columns: int) -> Ints:
+    """Returns rows of whole numbers as int64 [rows, columns], also where there is none."""
     return np.array(rows, np.int64).reshape(-1, columns)
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.parallel.collectives import Arrival, Group
-from semvid.parallel.exchange import Exchange, Route, flat_rows
+from semvid.parallel.direct import DirectExchange
+from semvid.parallel.exchange import Exchange, flat_rows
 from semvid.parallel.phases import phase
 from semvid.parallel.windows import Windows
 
@@ -58,7 +59,7 @@ def attend_exchanged(
 
 
 def attend_through_windows(
-    q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, attend: Attend, ops: Ops, windows: Windows
+    q: Tensor, k: Tensor, v: Tensor, exchange: DirectExchange, attend: Attend, ops: Ops, windows: Windows
 ) -> Tensor:
     """Returns what `attend_exchanged` does, each row moved once; every rank of the sequence must enter.
 
@@ -66,43 +67,32 @@ def attend_through_windows(
         q: local queries, [H, n, D], in token order; k and v likewise.
         k: keys.
         v: values.
-        exchange: of this layer, direct.
+        exchange: of this layer.
         attend: computes the pieces.
         ops: the backend.
         windows: of the ranks that share the sequence.
     """
-    me, (hop,) = windows.ranks.shard, exchange.hops
-    views = windows.views(*exchange.room, q)
+    me, D, G = windows.ranks.shard, q.shape[2], len(exchange.pieces)
+    far = windows.views(*exchange.room, q)
     with phase("exchange"):
-        for route, x, name in ((hop.keys, k, "keys"), (hop.values, v, "values"), (exchange.queries, q, "queries")):
-            rows = flat_rows(x)
-            for rank, part in _others_first(route, me):
-                ops.copy_rows(rows, route.source[:, part], getattr(views[rank], name), route.target[:, part])
+        ways = (exchange.keys, k, far.keys), (exchange.values, v, far.values), (exchange.queries, q, far.queries)
+        for way, x, blocks in ways:
+            ops.scatter_among(flat_rows(x), way.source, blocks, way.ranks, way.targets)
     with phase("wait"):
         windows.barrier()
     with phase("attend"):
-        own, route = views[me], exchange.queries
-        keys, values = _used(own.keys, hop.keys), _used(own.values, hop.values)
-        attend(_used(own.queries, route), keys, values, 0, _used(own.results, route))
+        own_q, own_k, own_v, own_out = (blocks.blocks[me][0] for blocks in far)
+        of_q, of_k = exchange.piece_rows
+        keys, values = (x[: G * of_k].view(G, of_k, D) for x in (own_k, own_v))
+        queries, results = (x[: G * of_q].view(G, of_q, D) for x in (own_q, own_out))
+        attend(queries, keys, values, 0, results)
     with phase("wait"):
         windows.barrier()
     with phase("return"):
-        home = torch.empty(1, exchange.q_rows * exchange.num_heads, q.shape[2], dtype=q.dtype, device=q.device)
-        for rank, part in _others_first(route, me):
-            ops.copy_rows(views[rank].results, route.target[:, part], home, exchange.home[:, part])
-        return home.view(exchange.q_rows, exchange.num_heads, q.shape[2]).transpose(0, 1)
-
-
-def _used(view: Tensor, route: Route) -> Tensor:
-    """Returns the part of a window that this rank's pieces take, [pieces, rows, D]."""
-    return view[0, : route.pieces * route.rows].view(route.pieces, route.rows, view.shape[2])
-
-
-def _others_first(route: Route, me: int) -> list[tuple[int, slice]]:
-    """Returns each rank with its rows of `source`: from the next one round to this one, so that all links are busy."""
-    ends = [sum(route.sent[: rank + 1]) for rank in range(len(route.sent))]
-    turn = [(me + 1 + i) % len(ends) for i in range(len(ends))]
-    return [(rank, slice(ends[rank] - route.sent[rank], ends[rank])) for rank in turn]
+        way = exchange.queries
+        home = torch.empty(1, exchange.q_rows * exchange.num_heads, D, dtype=q.dtype, device=q.device)
+        ops.gather_among(far.results, way.ranks, way.targets, home, exchange.home)
+        return home.view(exchange.q_rows, exchange.num_heads, D).transpose(0, 1)
 
 
 def _depart(k: Tensor, v: Tensor, exchange: Exchange, hop: int, ops: Ops, group: Group) -> tuple[Arrival, Arrival]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from semvid.kernels.layout import Shared, shared
 from semvid.parallel.collectives import all_gather
 from semvid.parallel.ranks import Ranks, hosts
 
@@ -23,13 +24,13 @@ SPARE = 1.15
 TIMEOUT_MS = 600_000
 
 
-class View(NamedTuple):
-    """One rank's window, [1, rows, D] each."""
+class Views(NamedTuple):
+    """The windows of all ranks; blocks of [1, rows, D] each."""
 
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    results: Tensor
+    queries: Shared
+    keys: Shared
+    values: Shared
+    results: Shared
 
 
 class Windows:
@@ -38,10 +39,10 @@ class Windows:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._inputs, self._results = _Block(ranks), _Block(ranks)
-        self._views: dict[tuple[Any, ...], list[View]] = {}
+        self._views: dict[tuple[Any, ...], Views] = {}
 
-    def views(self, q_rows: int, kv_rows: int, like: Tensor) -> list[View]:
-        """Returns each rank's window; a collective, and a wait for the device, when memory must grow.
+    def views(self, q_rows: int, kv_rows: int, like: Tensor) -> Views:
+        """Returns all ranks' windows; a collective, and a wait for the device, when memory must grow.
 
         Args:
             q_rows: of queries and of results, the same on every rank.
@@ -54,20 +55,23 @@ class Windows:
             self._views.clear()
         key = (q_rows, kv_rows, D, like.dtype)
         if key not in self._views:
-            self._views[key] = [self._view(rank, *key) for rank in range(self.ranks.mesh.sequence)]
+            self._views[key] = self._made(*key)
         return self._views[key]
 
     def barrier(self) -> None:
         """Lets the current stream wait until every rank's has come this far; the host goes on."""
         self._results.handle.barrier(0, TIMEOUT_MS)
 
-    def _view(self, rank: int, q_rows: int, kv_rows: int, D: int, dtype: torch.dtype) -> View:
+    def _made(self, q_rows: int, kv_rows: int, D: int, dtype: torch.dtype) -> Views:
         inputs, results = self._inputs.handle, self._results.handle
-        return View(
-            inputs.get_buffer(rank, (1, q_rows, D), dtype, 0),
-            inputs.get_buffer(rank, (1, kv_rows, D), dtype, q_rows * D),
-            inputs.get_buffer(rank, (1, kv_rows, D), dtype, (q_rows + kv_rows) * D),
-            results.get_buffer(rank, (1, q_rows, D), dtype, 0),
+        of_inputs = (q_rows, 0), (kv_rows, q_rows), (kv_rows, q_rows + kv_rows)
+        parts = [*((inputs, rows, before) for rows, before in of_inputs), (results, q_rows, 0)]
+        ranks = range(self.ranks.mesh.sequence)
+        return Views(
+            *(
+                shared([memory.get_buffer(rank, (1, rows, D), dtype, before * D) for rank in ranks])
+                for memory, rows, before in parts
+            )
         )
 
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Permutation, Plan
+from semvid.parallel.direct import DirectExchange
 from semvid.parallel.exchange import Counts, Exchange
 from semvid.parallel.maps import pack_bits
 from semvid.runtime.schedule import Refreshed
+
+AnyExchange = Exchange | DirectExchange
 
 
 class Changed:
@@ -43,7 +46,7 @@ class Memory(NamedTuple):
     plans: list[Plan]
     """What this rank computes: one plan where it has the whole sequence, else one for each hop of the exchange. None
     yet where the memory comes from a checkpoint."""
-    exchange: Exchange | None = None
+    exchange: AnyExchange | None = None
     """Which rows go where; None where the sequence is whole."""
     bits: Tensor | None = None
     """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads; None where the plan has it."""
@@ -78,7 +81,7 @@ class Cache:
     """The memories of one job."""
 
     memories: dict[tuple[int, str], Memory] = field(default_factory=dict)
-    dense: dict[tuple[object, ...], Exchange] = field(default_factory=dict)
+    dense: dict[tuple[object, ...], AnyExchange] = field(default_factory=dict)
     """Exchanges of dense calls, which hang on sizes alone."""
 
     def get(self, layer: int, branch: str) -> Memory | None:

@@ -11,6 +11,7 @@ from semvid.parallel import anchors
 from semvid.parallel.anchors import Share
 from semvid.parallel.budget import Rule, columns, density, find_map
 from semvid.parallel.collectives import broadcast_all
+from semvid.parallel.direct import DirectExchange, plan_direct
 from semvid.parallel.exchange import Counts, Layout, layout, plan_exchange
 from semvid.parallel.kmeans import Refined, over, refine_with
 from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, pack_bits, sides_of
@@ -18,7 +19,7 @@ from semvid.parallel.phases import phase
 from semvid.parallel.seeding import random_tokens, spread_tokens
 from semvid.parallel.shard import Shard
 from semvid.parallel.tail import Weights, squares, weigh
-from semvid.runtime.cache import Changed, Memory
+from semvid.runtime.cache import AnyExchange, Changed, Memory
 from semvid.runtime.config import AttentionConfig, cluster_counts, has_anchors
 from semvid.runtime.prompt import Prompt
 from semvid.runtime.schedule import Refresh, next_interval
@@ -59,7 +60,7 @@ def refresh(
     rule, bias = _rule(session, _num_tokens(q, session)), None
     if weights is not None and session.config.selection == "error":
         bias = weights.bias
-    memory = _place(q, k, v, session, queries, keys, rule, bias)._replace(
+    memory = _place(q, k, v, session, queries, keys, rule, bias, before)._replace(
         log_n=None if weights is None else weights.log_n,
         step=session.here().step,
         interval=interval,
@@ -79,7 +80,7 @@ def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory
     assert memory.bits is not None, "a checkpoint has the map"
     if memory.counts is not None:
         whole = _counted(GlobalMap(memory.bits, Ck, memory.counts), prompt)
-        planned = _planned_across(q, k, v, session, whole, queries, keys)
+        planned = _planned_across(q, k, v, session, whole, (queries, keys), memory)
         return memory._replace(queries=queries, keys=keys, counts=None, **planned)
     with phase("plan"):
         block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
@@ -145,6 +146,7 @@ def _place(
     keys: Clusters,
     rule: Rule,
     bias: Tensor | None,
+    before: Memory | None,
 ) -> Memory:
     """Returns clusters with their map, plans and exchange."""
     prompt = session.prompt
@@ -155,7 +157,8 @@ def _place(
     share = whole.density()
     if _is_anchored(session):
         share += anchors.cost(whole.counts.keys_computed, session.shard.total)
-    return Memory(queries, keys, share, bits=whole.bits, **_planned_across(q, k, v, session, whole, queries, keys))
+    planned = _planned_across(q, k, v, session, whole, (queries, keys), before)
+    return Memory(queries, keys, share, bits=whole.bits, **planned)
 
 
 def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule, bias: Tensor | None) -> Memory:
@@ -202,24 +205,54 @@ def _anchored(queries: Clusters, session: Session) -> Permutation | None:
 
 
 def _planned_across(
-    q: Tensor, k: Tensor, v: Tensor, session: Session, whole: GlobalMap, queries: Clusters, keys: Clusters
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    session: Session,
+    whole: GlobalMap,
+    sides: tuple[Clusters, Clusters],
+    before: Memory | None,
 ) -> dict[str, Any]:
     """Returns what a memory of a shard has of its map: exchange, plans hop by hop, order of queries and anchors."""
-    ops, counts, of_queries, of_q = session.ops, whole.counts, _anchored(queries, session), layout(q)
+    ops, counts, (queries, keys), of_q = session.ops, whole.counts, sides, layout(q)
+    of_queries = _anchored(queries, session)
     if of_queries is not None:
         # As `with_anchors` lays them, head by head; PyTorch's strides take no rows for one.
         counts, of_q = anchors.counted(counts), Layout(max(1, of_queries.order.shape[1]), 1)
     orders = (queries.permutation if of_queries is None else of_queries, keys.permutation)
     with phase("plan"):
-        layouts, direct = (of_q, layout(k), layout(v)), session.windows is not None
-        exchange = plan_exchange(counts, orders, layouts, session.ranks, ops, session.place_work, direct=direct)
+        last = None if before is None else before.exchange
+        exchange = exchange_of(counts, orders, (of_q, layout(k), layout(v)), session, last)
         block_map = BlockMap(whole.selected(exchange.heads, ops))
         if session.prompt is not None:
             block_map = session.prompt.selected(block_map)
         if of_queries is not None:
             block_map = anchors.select_all(block_map, keys.sizes[exchange.heads])
-        plans = [ops.plan(exchange.q_offsets, hop.offsets, block_map) for hop in exchange.hops]
+        plans = [ops.plan(exchange.q_offsets, k_offsets, block_map) for k_offsets in exchange.k_offsets]
     return {"exchange": exchange, "plans": plans, "anchored": of_queries}
+
+
+def exchange_of(
+    counts: Counts,
+    orders: tuple[Permutation, Permutation],
+    layouts: tuple[Layout, Layout, Layout],
+    session: Session,
+    before: AnyExchange | None = None,
+) -> AnyExchange:
+    """Returns the plan of one layer's exchange: through windows where there are some, else by collectives.
+
+    Args:
+        counts: gathered.
+        orders: of this rank's queries and keys.
+        layouts: of q, k and v.
+        session: of a sharded transformer.
+        before: that of the refresh before.
+    """
+    ranks, ops, place_work = session.ranks, session.ops, session.place_work
+    if session.windows is None:
+        return plan_exchange(counts, orders, layouts, ranks, ops, place_work)
+    last = before if isinstance(before, DirectExchange) else None
+    return plan_direct(counts, orders, layouts, ranks, ops, place_work, last)
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:
@@ -282,4 +315,7 @@ def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
         return memory
     block_map = BlockMap(ops.unpack_map(parts[7], torch.arange(H, device=q.device), Ck))
     computed = columns(block_map, keys.sizes, tail=tail)
-    return memory._replace(counts=Counts(*gather_counts(queries, keys, ranks.sequence), computed))
+    # The exchange of the refresh before is what the new one's cuts are made from.
+    last = None if before is None else before.exchange
+    gathered = gather_counts(queries, keys, ranks.sequence)
+    return memory._replace(counts=Counts(*gathered, computed), exchange=last)

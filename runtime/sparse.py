@@ -6,15 +6,16 @@ from torch import Tensor
 from semvid.kernels.dense import dense_pieces
 from semvid.kernels.layout import Permutation, Tail
 from semvid.parallel.anchors import corrected, with_anchors
-from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
+from semvid.parallel.direct import DirectExchange
+from semvid.parallel.exchange import Counts, layout
 from semvid.parallel.kmeans import means_of
 from semvid.parallel.phases import phase
 from semvid.parallel.ring import Attend, attend_exchanged, attend_through_windows
 from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
-from semvid.runtime.cache import Memory
+from semvid.runtime.cache import AnyExchange, Memory
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import Means, plan_again, refresh, share_of_anchors
+from semvid.runtime.refresh import Means, exchange_of, plan_again, refresh, share_of_anchors
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
@@ -127,7 +128,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor
     """
     exchange = _dense_exchange(q, k, v, session)
     rows = [piece.last - piece.first for piece in exchange.pieces]
-    with_lse = len(exchange.hops) > 1
+    with_lse = len(exchange.k_offsets) > 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor, hop: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
         return dense_pieces(q, k, v, rows, with_lse=with_lse, out=out)
@@ -135,31 +136,24 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor
     return _across(q, k, v, exchange, attend, session)
 
 
-def _across(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, attend: Attend, session: Session) -> Tensor:
+def _across(q: Tensor, k: Tensor, v: Tensor, exchange: AnyExchange, attend: Attend, session: Session) -> Tensor:
     """Returns attention across the ranks that share the sequence, by the fastest way they have, [H, n, D]."""
     if exchange.layouts != (layout(q), layout(k), layout(v)):
         raise ValueError("q, k or v lies otherwise in memory than when the clusters were made; reset() begins anew")
-    if exchange.direct:
+    if isinstance(exchange, DirectExchange):
         assert session.windows is not None
         return attend_through_windows(q, k, v, exchange, attend, session.ops, session.windows)
     return attend_exchanged(q, k, v, exchange, attend, session.ops, session.ranks.sequence)
 
 
-def _dense_exchange(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Exchange:
+def _dense_exchange(q: Tensor, k: Tensor, v: Tensor, session: Session) -> AnyExchange:
     """Returns the exchange of dense calls of these sizes, planned at the first of them."""
     shard, layouts = session.shard, (layout(q), layout(k), layout(v))
     assert shard is not None, "a whole sequence needs no exchange"
     place = (shard, session.prompt, q.shape[0], layouts)
     found = session.cache.dense.get(place)
     if found is None:
-        found = plan_exchange(
-            *_one_cluster(shard, session.prompt, q),
-            layouts,
-            session.ranks,
-            session.ops,
-            session.place_work,
-            direct=session.windows is not None,
-        )
+        found = exchange_of(*_one_cluster(shard, session.prompt, q), layouts, session)
         session.cache.dense[place] = found
     return found
 

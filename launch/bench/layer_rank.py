@@ -90,7 +90,10 @@ class _Call:
     def sparse(self, todo: Decision) -> Tensor:
         """Refreshes from the same centroids as every other call, or reuses what the last one found."""
         if isinstance(todo, Refresh):
-            self.session.cache.put(LAYER, BRANCH, self.before)
+            last = self.session.cache.get(LAYER, BRANCH)
+            # As from step to step, the cuts come from the refresh before.
+            exchange = None if last is None else last.exchange
+            self.session.cache.put(LAYER, BRANCH, self.before._replace(exchange=exchange))
         return sparse_attention(self.q, self.k, self.v, self.session, LAYER, todo)
 
     def dense(self) -> Tensor:

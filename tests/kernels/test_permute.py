@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from semvid.kernels import permute, reference
+from semvid.kernels.layout import shared
 
 SIZES = [1, 63, 64, 100, 257]
 KINDS = ["random", "skewed", "all in the last", "one token each", "sorted"]
@@ -147,21 +148,35 @@ def test_addresses_past_two_to_the_31_are_right(device: torch.device) -> None:
     assert torch.equal(permute.gather_rows(x, order)[-1], x[-1].flip(0))
 
 
-@pytest.mark.parametrize(("n", "D"), [(1, 16), (37, 64), (300, 20)])
-def test_rows_are_copied_to_their_places_and_nothing_else_changes(n: int, D: int, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(n)
-    x = torch.randn(2, n + 5, D, generator=generator).to(device)
-    source, target = (
-        torch.stack([torch.randperm(n + 5, generator=generator)[:n] for _ in range(2)]).to(torch.int32).to(device)
-        for _ in range(2)
-    )
-    outs = []
+@pytest.mark.parametrize(("R", "D", "odd"), [(1, 16, 0), (37, 64, 0), (300, 20, 0), (300, 64, 3), (0, 8, 0)])
+def test_rows_go_among_blocks_and_back_and_nothing_else_changes(
+    R: int, D: int, odd: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several programs, also where rows are few.
+    monkeypatch.setattr(permute, "BYTES_MOVED", 2048)
+    generator = torch.Generator().manual_seed(R)
+    P, M = 3, R + 4
+    x = torch.randn(1, M, D, generator=generator).to(device)
+    source, targets = (torch.randperm(M, generator=generator)[None, :R].to(torch.int32).to(device) for _ in range(2))
+    ranks = torch.randint(P, (1, R), generator=generator, dtype=torch.uint8).to(device)
+    found = []
     for ops in (reference, permute):
-        out = torch.full((2, n + 5, D), 7.0, device=device)
-        ops.copy_rows(x, source[:, : n // 2 + 1], out, target[:, : n // 2 + 1])
-        outs.append(out)
-    assert torch.equal(*outs)
-    for h in range(2):
-        for i in range(n // 2 + 1):
-            assert torch.equal(outs[0][h, target[h, i]], x[h, source[h, i]])
-    assert (outs[0] == 7.0).all(-1).sum() == 2 * (n + 5 - (n // 2 + 1))
+        # A block may begin anywhere.
+        flat = [torch.full((M * D + odd,), 7.0, device=device)[odd if rank == 1 else 0 :] for rank in range(P)]
+        blocks = shared([part[: M * D].view(1, M, D) for part in flat])
+        assert blocks.aligned == (odd == 0)
+        ops.scatter_among(x, source, blocks, ranks, targets)
+        home = torch.full_like(x, 7.0)
+        ops.gather_among(blocks, ranks, targets, home, source)
+        found.append([*blocks.blocks, home])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+    *blocks_found, home = found[1]
+    assert sum(int((block != 7.0).all(-1).sum()) for block in blocks_found) == R
+    assert torch.equal(home[0, source[0].long()], x[0, source[0].long()])
+    assert (home == 7.0).all(-1).sum() == M - R
+
+
+def test_blocks_of_one_dtype_are_shared() -> None:
+    with pytest.raises(ValueError, match="blocks must be contiguous and of one dtype"):
+        shared([torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, dtype=torch.bfloat16)])

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from semvid.kernels import reference
 from semvid.kernels.dispatch import select
-from semvid.kernels.layout import BlockMap
+from semvid.kernels.layout import BlockMap, Plan, shared
 from semvid.parallel import balance
-from semvid.parallel.exchange import Counts, Exchange, layout, plan_exchange
+from semvid.parallel.balance import Ints
+from semvid.parallel.direct import ComingLoads, DirectExchange, Loads, plan_direct
+from semvid.parallel.exchange import Counts, layout
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
-from semvid.parallel.ring import attend_through_windows
+from semvid.parallel.ring import Attend, attend_through_windows
 from semvid.parallel.shard import Shard
-from semvid.parallel.windows import View
+from semvid.parallel.windows import Views
 
 OPS = select("reference", torch.device("cpu"))
 
@@ -25,8 +28,9 @@ class SharedMemory:
     """What `Windows` is on GPUs."""
 
     def __init__(self, world: int) -> None:
+        self.world = world
         self.threads = threading.Barrier(world)
-        self.memory: dict[int, View] = {}
+        self.memory: Views | None = None
         self.lock = threading.Lock()
 
     def of(self, ranks: Ranks) -> "OneWindow":
@@ -34,29 +38,61 @@ class SharedMemory:
 
 
 class OneWindow:
-    def __init__(self, shared: SharedMemory, ranks: Ranks) -> None:
-        self.shared, self.ranks = shared, ranks
+    def __init__(self, whole: SharedMemory, ranks: Ranks) -> None:
+        self.whole, self.ranks = whole, ranks
 
-    def views(self, q_rows: int, kv_rows: int, like: Tensor) -> list[View]:
-        world, D = self.ranks.mesh.sequence, like.shape[-1]
-        with self.shared.lock:
-            for rank in range(world):
-                if rank not in self.shared.memory:
-                    sizes = (q_rows, kv_rows, kv_rows, q_rows)
-                    self.shared.memory[rank] = View(*(torch.full((1, n, D), torch.nan) for n in sizes))
-        views = [self.shared.memory[rank] for rank in range(world)]
-        assert views[0].queries.shape[1] == q_rows
-        assert views[0].keys.shape[1] == kv_rows
-        return views
+    def views(self, q_rows: int, kv_rows: int, like: Tensor) -> Views:
+        D, rows = like.shape[-1], (q_rows, kv_rows, kv_rows, q_rows)
+        # Who grows the memory must not do so under the others.
+        self.barrier()
+        with self.whole.lock:
+            found = self.whole.memory
+            if found is None or tuple(x.blocks[0].shape[1] for x in found) != rows:
+                blocks = [[torch.full((1, n, D), torch.nan) for _ in range(self.whole.world)] for n in rows]
+                self.whole.memory = found = Views(*(shared(of_rank) for of_rank in blocks))
+        self.barrier()
+        assert self.whole.memory is found, "all ranks ask for the same"
+        return found
 
     def barrier(self) -> None:
-        self.shared.threads.wait(20)
+        self.whole.threads.wait(20)
+
+
+class Case(NamedTuple):
+    """Labels and map of a whole sequence."""
+
+    labels: tuple[Tensor, Tensor]
+    selected: Tensor
+
+    def loads(self) -> tuple[Ints, Ints]:
+        """Rows and keys, as `balance` reads them."""
+        rows, keys = (OPS.group(side, C).offsets.diff(dim=1) for side, C in zip(self.labels, (4, 6), strict=True))
+        return rows.numpy().astype("int64"), torch.where(self.selected, keys[:, None], 0).sum(-1).numpy()
+
+    def exact(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the selected pairs."""
+        selected, (of_q, of_k) = self.selected, self.labels
+        skipped = ~torch.stack([selected[h][of_q[h].long()][:, of_k[h].long()] for h in range(len(q))])
+        scores = (q @ k.mT / q.shape[2] ** 0.5).masked_fill(skipped, -torch.inf)
+        return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+def case(H: int, N: int, seed: int) -> Case:
+    """A draw of clusters; of every third, all tokens of each head are in one."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [torch.randint(C, (H, N), generator=generator, dtype=torch.int32) for C in (4, 6)]
+    if seed % 3 == 2:
+        labels = [side[:, :1].expand(H, N).contiguous() for side in labels]
+    selected = torch.rand(H, 4, 6, generator=generator) < 0.5
+    selected[..., 0] = True
+    return Case((labels[0], labels[1]), selected)
 
 
 def exchange_of(
-    rank: int, world: int, labels: tuple[Tensor, Tensor], selected: Tensor, x: list[Tensor]
-) -> tuple[Exchange, Ranks]:
-    """The direct exchange of one rank, from the labels of the whole sequence."""
+    rank: int, world: int, whole: Case, x: list[Tensor], before: DirectExchange | None = None
+) -> DirectExchange:
+    """The exchange of one rank, from the labels of the whole sequence."""
+    labels, selected = whole
     shards = [Shard(i, world, labels[0].shape[1]) for i in range(world)]
     clusters = selected.shape[1:]
     parts = [[side[:, s.first : s.first + s.tokens].contiguous() for s in shards] for side in labels]
@@ -66,7 +102,7 @@ def exchange_of(
     ranks = Ranks(Mesh(ulysses=world), rank)
     orders = runs[0][rank], runs[1][rank]
     layouts = layout(x[0]), layout(x[1]), layout(x[2])
-    return plan_exchange(Counts(counts[0], counts[1], computed), orders, layouts, ranks, OPS, direct=True), ranks
+    return plan_direct(Counts(counts[0], counts[1], computed), orders, layouts, ranks, OPS, before=before)
 
 
 @pytest.mark.parametrize(("world", "H", "N"), [(2, 5, 41), (3, 4, 30), (4, 1, 60), (4, 7, 5), (2, 1, 3)])
@@ -77,35 +113,56 @@ def test_rows_written_to_where_they_belong_give_what_one_rank_gives(
     generator = torch.Generator().manual_seed(world)
     q, k = (torch.randn(H, N, 8, generator=generator) for _ in range(2))
     v = torch.randn(N, H, 8, generator=generator).transpose(0, 1)
-    labels = tuple(torch.randint(C, (H, N), generator=generator, dtype=torch.int32) for C in (4, 6))
-    selected = torch.rand(H, 4, 6, generator=generator) < 0.5
-    selected[..., 0] = True
-    skipped = ~torch.stack([selected[h][labels[0][h].long()][:, labels[1][h].long()] for h in range(H)])
-    scores = (q @ k.mT / 8**0.5).masked_fill(skipped, -torch.inf)
-    exact = torch.softmax(scores, -1).nan_to_num(0.0) @ v
-    shared = SharedMemory(world)
+    # Refreshes: the clusters of each are others, its cuts those of the one before.
+    refreshes, memory = [case(H, N, seed) for seed in range(4)], SharedMemory(world)
 
-    def one(rank: int) -> Tensor:
-        shard = Shard(rank, world, N)
+    def one(rank: int) -> list[Tensor]:
+        shard, ranks = Shard(rank, world, N), Ranks(Mesh(ulysses=world), rank)
         mine = [x[:, shard.first : shard.first + shard.tokens] for x in (q, k, v)]
-        exchange, ranks = exchange_of(rank, world, (labels[0], labels[1]), selected, mine)
-        plan = reference.plan(exchange.q_offsets, exchange.hops[0].offsets, BlockMap(selected[exchange.heads]))
-        results = []
-        # Twice, as layers follow each other through the same memory.
-        for factor in (1.0, 2.0):
-            results.append(
-                attend_through_windows(
-                    *mine[:2],
-                    factor * mine[2],
-                    exchange,
-                    lambda q, k, v, hop, out: reference.attention(q, k, v, plan, out=out),
-                    OPS,
-                    shared.of(ranks),  # type: ignore[arg-type]
-                )
-            )
-        torch.testing.assert_close(results[1], 2 * results[0])
-        return results[0]
+        results, exchange = [], None
+        for number, whole in enumerate(refreshes):
+            exchange = exchange_of(rank, world, whole, mine, exchange)
+            assert exchange.pieces == balance.balance(*refreshes[max(0, number - 1)].loads(), world)[rank]
+            selected = BlockMap(whole.selected[exchange.heads])
+            attend = attention_by(reference.plan(exchange.q_offsets, exchange.k_offsets[0], selected))
+            # Twice, as layers follow each other through the same memory.
+            for factor in (1.0, 2.0):
+                given = *mine[:2], factor * mine[2], exchange, attend, OPS, memory.of(ranks)
+                results.append(attend_through_windows(*given))  # type: ignore[arg-type]
+        return results
 
     with ThreadPoolExecutor(world) as pool:
-        found = torch.cat(list(pool.map(one, range(world))), dim=1)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+        found = [torch.cat(parts, dim=1) for parts in zip(*pool.map(one, range(world)), strict=True)]
+    for number, whole in enumerate(refreshes):
+        exact = whole.exact(q, k, v)
+        torch.testing.assert_close(found[2 * number], exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[2 * number + 1], 2 * exact, rtol=1e-5, atol=1e-5)
+
+
+def attention_by(plan: Plan) -> Attend:
+    """The reference's attention over a plan, as an exchange calls it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, hop: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert hop == 0
+        return reference.attention(q, k, v, plan, out=out)
+
+    return attend
+
+
+def test_a_refresh_waits_for_the_loads_of_the_one_before_and_not_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[ComingLoads] = []
+    wait = ComingLoads.wait
+
+    def noted(self: ComingLoads) -> Loads:
+        waited.append(self)
+        return wait(self)
+
+    monkeypatch.setattr(ComingLoads, "wait", noted)
+    x = [torch.randn(3, 10, 8) for _ in range(3)]
+    first = exchange_of(0, 2, case(3, 20, 0), x)
+    second = exchange_of(0, 2, case(3, 20, 1), x, first)
+    assert waited == [first.loads, first.loads]
+    # Rows of another number are of another job.
+    x = [torch.randn(3, 6, 8) for _ in range(3)]
+    other = exchange_of(0, 2, case(3, 12, 1), x, second)
+    assert waited[2:] == [other.loads]

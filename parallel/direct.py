@@ -1,0 +1,195 @@
+"""An exchange whose rows are written to where they belong, in the other ranks' memory; its plan waits for nobody.
+
+Every number of rows that the host must know hangs on the cuts alone: a piece counts rows of a head, and a head has the
+same rows at each refresh, whatever their clusters. So the cuts are made from the loads of the refresh before, which
+have long arrived on the host, and what hangs on the clusters is worked out on the device. Every row is in exactly one
+piece in any case; that loads change little from one refresh to the next is what the balance rests on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semvid.kernels.dispatch import Ops
+from semvid.kernels.layout import Permutation
+from semvid.parallel.balance import Ints, Piece, balance
+from semvid.parallel.exchange import Counts, Layout, on_device
+from semvid.parallel.itinerary import Placement, longest, places, table
+from semvid.parallel.phases import phase
+from semvid.parallel.ranks import Ranks
+
+
+class Loads(NamedTuple):
+    """What the work of a layer is cut by."""
+
+    rows: Ints
+    """int64 [H, Cq]: rows of q in each query cluster, over all ranks."""
+    keys: Ints
+    """int64 [H, Cq]: keys that each query cluster computes."""
+    key_rows: int
+    """Of a head, over all ranks."""
+
+
+class ComingLoads:
+    """Loads on their way to the host."""
+
+    def __init__(self, counts: Counts) -> None:
+        """Starts the copy."""
+        self._shape = counts.keys_computed.shape
+        rows, key_rows = counts.queries.sum(0, dtype=torch.int32), counts.keys[:, 0].sum(dtype=torch.int32)
+        self._flat = torch.cat([rows.flatten(), counts.keys_computed.flatten(), key_rows[None]])
+        self._arrived: Any = None
+        if self._flat.is_cuda:
+            pinned = torch.empty(self._flat.shape, dtype=torch.int32, pin_memory=True)
+            self._flat = pinned.copy_(self._flat, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> Loads:
+        """Returns the loads; waits for the device where they have not come yet."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found, size = self._flat.numpy().astype(np.int64), self._shape.numel()
+        return Loads(found[:size].reshape(self._shape), found[size:-1].reshape(self._shape), int(found[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Where this rank's rows of q, k or v lie, and where on which rank they belong."""
+
+    source: Tensor
+    """int32 [1, R]: the row of the flat local tensor."""
+    ranks: Tensor
+    """uint8 [1, R]."""
+    targets: Tensor
+    """int32 [1, R]: the row in that rank's window."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectExchange:
+    """What this rank sends, receives and computes in one layer; kept while its map is reused."""
+
+    pieces: list[Piece]
+    """This rank's share of the work."""
+    heads: Tensor
+    """int64 [pieces]: the head of each."""
+    queries: Way
+    keys: Way
+    values: Way
+    home: Tensor
+    """int32 [1, rows]: where each returning row belongs in [q_rows, H] rows, in the order of `queries`."""
+    q_offsets: Tensor
+    """int32 [pieces, Cq + 1]: the runs of each piece's query clusters; most are empty in a part of a head."""
+    k_offsets: list[Tensor]
+    """int32 [pieces, Ck + 1]: the runs of its key clusters; of one hop, all ranks' keys at once."""
+    q_rows: int
+    """Of q on this rank: its tokens, and anchors."""
+    num_heads: int
+    piece_rows: tuple[int, int]
+    """Of each piece's queries and keys in this rank's window; a piece may use fewer."""
+    room: tuple[int, int]
+    """Rows of the largest joined queries and of the largest joined keys of any rank."""
+    layouts: tuple[Layout, Layout, Layout]
+    """How q, k and v lay in memory when it was planned, and must lie."""
+    loads: ComingLoads
+    """Of this refresh, for the next one's cuts."""
+    of_cuts: Loads
+    """By which this one's were made."""
+
+    def rows_sent(self, rank: int) -> int:
+        """Returns how many rows rank `rank`, this one, sends to others: q, k and v there, out back. Waits."""
+        there = sum(int((way.ranks != rank).sum()) for way in (self.queries, self.keys, self.values))
+        own = int((self.queries.ranks == rank).sum())
+        return there + sum(piece.last - piece.first for piece in self.pieces) - own
+
+
+def plan_direct(
+    counts: Counts,
+    permutations: tuple[Permutation, Permutation],
+    layouts: tuple[Layout, Layout, Layout],
+    ranks: Ranks,
+    ops: Ops,
+    place_work: Placement = balance,
+    before: DirectExchange | None = None,
+) -> DirectExchange:
+    """Returns the exchange of one layer through windows; no collective. The host waits only where nothing was before.
+
+    Args:
+        counts: gathered; see `Counts`.
+        permutations: this rank's order of its queries and of its keys.
+        layouts: of q, k and v.
+        ranks: the mesh, of one ring row, and this rank's place on it.
+        ops: the backend.
+        place_work: cuts the work into parts.
+        before: the exchange of the refresh before, the same on every rank.
+    """
+    assert ranks.mesh.ring == 1, "windows serve one ring row"
+    (H, n), me = permutations[0].order.shape, ranks.shard
+    loads = ComingLoads(counts)
+    known = loads.wait() if before is None or not _fits(before, counts, n) else before.loads.wait()
+    with phase("plan on host", on_host=True):
+        parts = place_work(known.rows, known.keys, ranks.mesh.sequence)
+        # Every head has every row.
+        of_queries = _tables(parts, me, H, int(known.rows[0].sum()))
+        of_keys = _key_tables(parts, me, H, known.key_rows)
+        tables = on_device([*of_queries, *of_keys], counts.queries)
+    q_steps = layouts[0], Layout(1, H)
+    queries = ops.addresses(permutations[0].order, counts.queries, me, *tables[:3], *q_steps)
+    keys = ops.addresses(permutations[1].order, counts.keys, me, *tables[3:], *layouts[1:])
+    mine, rows = parts[me], [longest(part) for part in parts]
+    return DirectExchange(
+        mine,
+        tables[0][H:, 0],
+        Way(queries.sources[0], queries.ranks, queries.targets),
+        Way(keys.sources[0], keys.ranks, keys.targets),
+        Way(keys.sources[1], keys.ranks, keys.targets),
+        queries.sources[1],
+        queries.offsets,
+        [keys.offsets],
+        n,
+        H,
+        (rows[me], known.key_rows),
+        (
+            max(len(part) * most for part, most in zip(parts, rows, strict=True)),
+            known.key_rows * max(len(part) for part in parts),
+        ),
+        layouts,
+        loads,
+        known,
+    )
+
+
+def _fits(before: DirectExchange, counts: Counts, n: int) -> bool:
+    """Returns whether a refresh has the rows of the one before."""
+    return before.q_rows == n and before.of_cuts.keys.shape == counts.keys_computed.shape
+
+
+def _tables(parts: Sequence[Sequence[Piece]], me: int, H: int, rows: int) -> tuple[Ints, Ints, Ints]:
+    """Returns pieces, spans and cuts of the queries for `addresses`: one span a head, cut where pieces end."""
+    cuts: list[list[tuple[int, ...]]] = [[] for _ in range(H)]
+    for rank, part in enumerate(parts):
+        most = longest(part)
+        for place, piece in enumerate(part):
+            cuts[piece.head].append((piece.first, piece.last, rank, place * most))
+    ends = np.cumsum([0, *map(len, cuts)])
+    spans = [(head, int(ends[head]), int(ends[head + 1])) for head in range(H)]
+    pieces = np.concatenate([_whole(H, rows), places(parts[me], longest(parts[me]))])
+    return pieces, table(spans, 3), table([cut for of_head in cuts for cut in of_head], 4)
+
+
+def _key_tables(parts: Sequence[Sequence[Piece]], me: int, H: int, rows: int) -> tuple[Ints, Ints, Ints]:
+    """Returns those of the keys: one span for each piece of a head, its keys as a whole to the rank that has it."""
+    goals = [(piece.head, rank, place * rows) for rank, part in enumerate(parts) for place, piece in enumerate(part)]
+    spans = [(head, at, at + 1) for at, (head, _, _) in enumerate(goals)]
+    cuts = [(0, rows, rank, place) for _, rank, place in goals]
+    own = places([Piece(piece.head, 0, rows) for piece in parts[me]], rows)
+    return np.concatenate([_whole(H, rows), own]), table(spans, 3), table(cuts, 4)
+
+
+def _whole(H: int, rows: int) -> Ints:
+    """Returns every head as a piece."""
+    return table([(head, 0, rows, 0) for head in range(H)], 4)
