@@ -98,8 +98,12 @@ class Addresses(NamedTuple):
     """int32 [G, C + 1]: the runs of each own piece's clusters."""
 
 
-def shared(blocks: list[Tensor]) -> Shared:
-    """Returns each rank's block with the way from one to the next, on the device of the first.
+def shared(blocks: list[Tensor], device: torch.device) -> Shared:
+    """Returns each rank's block with the way from one to the next.
+
+    Args:
+        blocks: of all ranks.
+        device: this rank's own.
 
     Raises:
         ValueError: a block is not contiguous, or of another dtype than the first.
@@ -108,7 +112,7 @@ def shared(blocks: list[Tensor]) -> Shared:
         raise ValueError(f"blocks must be contiguous and of one dtype, not {[block.dtype for block in blocks]}")
     places, size = [block.data_ptr() for block in blocks], blocks[0].element_size()
     steps = [(place - places[0]) // size for place in places]
-    found = torch.tensor(steps, dtype=torch.int64, device=blocks[0].device)
+    found = torch.tensor(steps, dtype=torch.int64, device=device)
     return Shared(blocks, found, all(p % 16 == 0 for p in places) and all(step % 16 == 0 for step in steps))
 
 

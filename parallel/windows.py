@@ -55,21 +55,21 @@ class Windows:
             self._views.clear()
         key = (q_rows, kv_rows, D, like.dtype)
         if key not in self._views:
-            self._views[key] = self._made(*key)
+            self._views[key] = self._made(*key, like.device)
         return self._views[key]
 
     def barrier(self) -> None:
         """Lets the current stream wait until every rank's has come this far; the host goes on."""
         self._results.handle.barrier(0, TIMEOUT_MS)
 
-    def _made(self, q_rows: int, kv_rows: int, D: int, dtype: torch.dtype) -> Views:
+    def _made(self, q_rows: int, kv_rows: int, D: int, dtype: torch.dtype, device: torch.device) -> Views:
         inputs, results = self._inputs.handle, self._results.handle
         of_inputs = (q_rows, 0), (kv_rows, q_rows), (kv_rows, q_rows + kv_rows)
         parts = [*((inputs, rows, before) for rows, before in of_inputs), (results, q_rows, 0)]
         ranks = range(self.ranks.mesh.sequence)
         return Views(
             *(
-                shared([memory.get_buffer(rank, (1, rows, D), dtype, before * D) for rank in ranks])
+                shared([memory.get_buffer(rank, (1, rows, D), dtype, before * D) for rank in ranks], device)
                 for memory, rows, before in parts
             )
         )

@@ -31,8 +31,10 @@ def add_layer(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     shapes = ", ".join(settings.SHAPES)
     add("--shape", nargs="+", metavar="NAME", default=[], help=f"{shapes} (default: wan14b-720p; toy on a CPU)")
-    text = "share of token pairs computed, mean over heads as uneven as recorded ones (default: %(default)s)"
-    add("--density", type=float, metavar="X", default=default.density, help=text)
+    text = (
+        "share of token pairs computed, mean over heads as uneven as recorded ones; one, or one a shape (default: 0.3)"
+    )
+    add("--density", nargs="+", type=float, metavar="X", default=list(default.densities), help=text)
     add("--backend", default=default.backend, help="whose ops (default: auto, the fastest here)")
     add("--device", choices=("cuda", "cpu"), default=default.device, help="cpu: gloo processes (default: %(default)s)")
     add("--repeats", type=int, metavar="N", default=default.repeats, help="timed calls (default: %(default)s)")
@@ -52,7 +54,7 @@ def _layer(args: argparse.Namespace) -> int:
         shapes=settings.words(args.shape) or (settings.DEFAULT_SHAPE[args.device],),
         gpus=_world_sizes(args.world_sizes),
         backend=args.backend,
-        density=args.density,
+        densities=tuple(args.density),
         repeats=args.repeats,
         warmup=args.warmup,
         device=args.device,

@@ -2,9 +2,8 @@
 
 import importlib.util
 import json
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch.multiprocessing.spawn import start_processes
 from semvid.kernels.dispatch import select
 from semvid.launch import env
 from semvid.launch.bench import layer_rank
-from semvid.launch.bench.options import SHAPES, LayerOptions, Shape
+from semvid.launch.bench.options import SHAPES, LayerOptions
 from semvid.parallel import xdit
 
 RESULT, PLOT = "layer.json", "layer.png"
+POLL_S = 0.2
 # Which cases the plot shows; the host's time stands inside a phase of the device.
 DRAWN = ("refresh", "reuse", "refresh, contiguous", "refresh, ring")
 HIDDEN = ("plan on host",)
@@ -39,7 +39,8 @@ COLOURS = [
 def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Returns the report of `semvid bench layer` and its lines for a reader; every world size in processes of its own.
 
-    The JSON file grows: an interrupted run leaves what it had measured.
+    The JSON file grows: an interrupted run leaves what it had measured. Processes measure shape after shape: starting
+    them takes longer than measuring.
 
     Args:
         options: checked.
@@ -59,12 +60,12 @@ def run(options: LayerOptions, folder: Path) -> tuple[dict[str, Any], list[str]]
     for name in options.shapes:
         shape = SHAPES[name]
         sizes = {"heads": shape.heads, "tokens": shape.tokens, "head_dim": shape.head_dim}
-        found: dict[str, Any] = {"shape": name, **sizes, "worlds": {}}
-        report["shapes"].append(found)
-        for world in options.gpus:
-            print(f"semvid: {name}: {world} ranks", file=sys.stderr, flush=True)
-            found["worlds"][str(world)] = _world(shape, world, options)
-            found["scaling"] = _scaling(found["worlds"])
+        report["shapes"].append({"shape": name, **sizes, "worlds": {}})
+    for world in options.gpus:
+        for place, found in _measured(world, options):
+            shape_report = report["shapes"][place]
+            shape_report["worlds"][str(world)] = found
+            shape_report["scaling"] = _scaling(shape_report["worlds"])
             (folder / RESULT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     problem = plot(report, folder / PLOT)
     return report, [*_lines(report), *([problem] if problem else []), "", f"results  {folder / RESULT}"]
@@ -118,12 +119,29 @@ def check_gpus(most: int, toy: str) -> None:
         raise ValueError(f"--gpus is {most}, but there are {found} usable GPUs; accepted: {accepted}")
 
 
-def _world(shape: Shape, world: int, options: LayerOptions) -> dict[str, Any]:
-    """Returns what `world` ranks measured: rank 0's rows, with every rank's phases and bytes beside."""
+def _measured(world: int, options: LayerOptions) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the place of each shape with what `world` ranks measured, as soon as all of them have."""
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(layer_rank.run, (world, folder, shape, options), nprocs=world, start_method="spawn")
-        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
-    found: dict[str, Any] = ranks[0]
+        context = start_processes(
+            layer_rank.run, (world, folder, options), nprocs=world, join=False, start_method="spawn"
+        )
+        assert context is not None, "they are not joined"
+        place, ended = 0, False
+        while place < len(options.shapes):
+            files = [Path(folder) / layer_rank.RESULT.format(place=place, rank=rank) for rank in range(world)]
+            if all(file.exists() for file in files):
+                yield place, _together([json.loads(file.read_text()) for file in files])
+                place += 1
+            else:
+                assert not ended, "who ends well has written all"
+                ended = context.join(timeout=POLL_S)
+        while not ended:
+            ended = context.join(timeout=POLL_S)
+
+
+def _together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns rank 0's rows, with every rank's phases and bytes beside."""
+    found, world = ranks[0], len(ranks)
     for place, row in enumerate(found["rows"]):
         mine = [rank["rows"][place] for rank in ranks]
         row["error"] = max((other["error"] for other in mine if other["error"] is not None), default=None)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from semvid.kernels.layout import BlockMap
 from semvid.launch import env
 from semvid.launch.bench import options as settings
 from semvid.launch.bench import timing, workload
-from semvid.launch.bench.options import LayerOptions, Options, Shape
+from semvid.launch.bench.options import SHAPES, LayerOptions, Options, Shape
 from semvid.parallel import balance, xdit
 from semvid.parallel.balance import Ints, Piece
 from semvid.parallel.itinerary import Placement
@@ -32,6 +33,7 @@ from semvid.runtime.schedule import Decision, Refresh, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import dense_attention, sparse_attention
 
+RESULT = "{place}-{rank}.json"
 REFRESH, REUSE = Refresh(2, seeded=False), Reuse()
 LAYER, BRANCH = 1, "cond"
 SAMPLED_HEADS, SAMPLED_ROWS = 8, 24
@@ -42,8 +44,8 @@ PHASE_CALLS = 3
 PAUSE_CYCLES = 10_000_000
 
 
-def run(rank: int, world: int, folder: str, shape: Shape, options: LayerOptions) -> None:
-    """Measures as rank `rank` of `world` and writes the result to `folder`/`rank`.json."""
+def run(rank: int, world: int, folder: str, options: LayerOptions) -> None:
+    """Measures all shapes as rank `rank` of `world`, and writes each one's result to `folder` when it has it."""
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -51,10 +53,24 @@ def run(rank: int, world: int, folder: str, shape: Shape, options: LayerOptions)
         torch.set_num_threads(max(1, env.usable_cores() // world))
     if world > 1:
         join(device, (rank, world, f"{folder}/store"))
+    ulysses = Ranks() if world == 1 else connect(Mesh(ulysses=world))
+    ring = connect(Mesh(ring=world)) if world > 1 else ulysses
+    densities = options.densities * (len(options.shapes) if len(options.densities) == 1 else 1)
     with torch.no_grad():
-        found = _Layer(shape, options, world, device).measure()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+        windows = open_windows(ulysses, device) if options.windows else None
+        for place, (name, density) in enumerate(zip(options.shapes, densities, strict=True)):
+            found = _Layer(SHAPES[name], density, options, (ulysses, ring), windows, device).measure()
+            _write(Path(folder) / RESULT.format(place=place, rank=rank), found)
+            # The next one's inputs must not stand beside these.
+            gc.collect()
     leave()
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Writes a result whole or not at all: it is read as soon as it is there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+    part.rename(path)
 
 
 class _Call:
@@ -69,6 +85,8 @@ class _Call:
     ) -> None:
         work = layer.work
         self.work, self.ranks = work, ranks
+        self.afresh = False
+        """Whether each refresh is the first, whose cuts wait for its own loads."""
         self.shard = Shard(ranks.shard, ranks.mesh.sequence, work.q.shape[1])
         self.session = Session(work.config, layer.with_drawn_map(ranks), 0, ranks, place_work=placement)
         if ranks.mesh.sequence > 1:
@@ -92,7 +110,7 @@ class _Call:
         if isinstance(todo, Refresh):
             last = self.session.cache.get(LAYER, BRANCH)
             # As from step to step, the cuts come from the refresh before.
-            exchange = None if last is None else last.exchange
+            exchange = None if last is None or self.afresh else last.exchange
             self.session.cache.put(LAYER, BRANCH, self.before._replace(exchange=exchange))
         return sparse_attention(self.q, self.k, self.v, self.session, LAYER, todo)
 
@@ -124,30 +142,38 @@ class _Call:
 class _Layer:
     """One rank's inputs and cases of one shape."""
 
-    def __init__(self, shape: Shape, options: LayerOptions, world: int, device: torch.device) -> None:
-        self.shape, self.options, self.world, self.device = shape, options, world, device
+    def __init__(
+        self,
+        shape: Shape,
+        density: float,
+        options: LayerOptions,
+        ranks: tuple[Ranks, Ranks],
+        windows: Windows | None,
+        device: torch.device,
+    ) -> None:
+        self.shape, self.options, self.windows, self.device = shape, options, windows, device
+        self.ulysses, self.ring = ranks
+        self.world = self.ulysses.mesh.world_size
         self.ops = select(options.backend, device)
-        self.windows: Windows | None = None
         # Every rank draws the same whole.
         config = settings.attention_config(Options(), shape)
-        self.work = workload.make(shape, config, options.density, options.seed, device)
+        self.work = workload.make(shape, config, density, options.seed, device)
 
     def measure(self) -> dict[str, Any]:
         """Returns all cases' rows. Every rank measures the same cases in the same order."""
-        ulysses = Ranks() if self.world == 1 else connect(Mesh(ulysses=self.world))
-        if self.options.windows:
-            self.windows = open_windows(ulysses, self.device)
+        ulysses = self.ulysses
         rows = [self._sparse("refresh", REFRESH, ulysses), self._sparse("reuse", REUSE, ulysses), self._dense(ulysses)]
         if self.options.block:
             rows += [self._block("block, refresh", REFRESH, ulysses), self._block("block, reuse", REUSE, ulysses)]
             rows.append(self._block("block, dense", None, ulysses))
         if self.windows is not None:
+            rows.append(self._sparse("refresh, planned afresh", REFRESH, ulysses, afresh=True))
             for name, todo in (("refresh", REFRESH), ("reuse", REUSE)):
                 rows.append(self._sparse(f"{name}, by collectives", todo, ulysses, collective=True))
         if self.world > 1:
             for name, heads in (("contiguous", balance.contiguous), ("longest first", balance.longest_first)):
                 rows.append(self._sparse(f"refresh, {name}", REFRESH, ulysses, placement=_whole_heads(heads)))
-            rows.append(self._sparse("refresh, ring", REFRESH, connect(Mesh(ring=self.world))))
+            rows.append(self._sparse("refresh, ring", REFRESH, self.ring))
         if self.options.usp and self.world > 1:
             rows.append(self._usp(ulysses))
         config, pairs = self.work.config, workload.computed_pairs(
@@ -182,9 +208,11 @@ class _Layer:
         *,
         placement: Placement = balance.balance,
         collective: bool = False,
+        afresh: bool = False,
     ) -> dict[str, Any]:
         windows = None if collective or ranks.mesh.ring > 1 else self.windows
         call = _Call(self, ranks, windows, placement)
+        call.afresh = afresh
         call.sparse(REFRESH)
         row = self._time(name, lambda: call.sparse(todo), call.error)
         memory = call.session.cache.get(LAYER, BRANCH)
@@ -260,6 +288,8 @@ class _Layer:
                 call()
         phases = {phase: round(took / PHASE_CALLS, 4) for phase, took in recorder.milliseconds().items()}
         median, low, high = (timing.percentile(ms, share) for share in (0.5, 0.2, 0.8))
+        if self.ulysses.rank == 0:
+            print(f"semvid: {self.shape.name}: {self.world} ranks: {name} {median:.2f} ms", file=sys.stderr, flush=True)
         return {
             "name": name,
             "median_ms": median,

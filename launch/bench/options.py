@@ -117,7 +117,8 @@ class LayerOptions:
     shapes: tuple[str, ...]
     gpus: tuple[int, ...] = (1, 2)
     backend: str = "auto"
-    density: float = 0.3
+    densities: tuple[float, ...] = (0.3,)
+    """One for all shapes, or one for each."""
     repeats: int = 10
     warmup: int = 2
     device: str = "cuda"
@@ -171,8 +172,12 @@ def check_sweep(options: SweepOptions) -> None:
 
 def check_layer(options: LayerOptions) -> None:
     """Raises ValueError if an option is outside what is accepted, naming it."""
-    same = {name: getattr(options, name) for name in ("shapes", "density", "repeats", "warmup", "seed")}
-    check(Options(**same))
+    given, shapes = len(options.densities), len(options.shapes)
+    if given not in (1, shapes):
+        raise ValueError(f"--density has {given} values for {shapes} shapes; accepted: one, or one for each shape")
+    same = {name: getattr(options, name) for name in ("shapes", "repeats", "warmup", "seed")}
+    for density in options.densities:
+        check(Options(density=density, **same))
     for count in options.gpus:
         if count < 1:
             raise ValueError(f"--gpus is {count}; accepted: 1 or more")

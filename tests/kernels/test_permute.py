@@ -163,7 +163,7 @@ def test_rows_go_among_blocks_and_back_and_nothing_else_changes(
     for ops in (reference, permute):
         # A block may begin anywhere.
         flat = [torch.full((M * D + odd,), 7.0, device=device)[odd if rank == 1 else 0 :] for rank in range(P)]
-        blocks = shared([part[: M * D].view(1, M, D) for part in flat])
+        blocks = shared([part[: M * D].view(1, M, D) for part in flat], device)
         assert blocks.aligned == (odd == 0)
         ops.scatter_among(x, source, blocks, ranks, targets)
         home = torch.full_like(x, 7.0)
@@ -179,4 +179,4 @@ def test_rows_go_among_blocks_and_back_and_nothing_else_changes(
 
 def test_blocks_of_one_dtype_are_shared() -> None:
     with pytest.raises(ValueError, match="blocks must be contiguous and of one dtype"):
-        shared([torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, dtype=torch.bfloat16)])
+        shared([torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, dtype=torch.bfloat16)], torch.device("cpu"))

@@ -12,13 +12,16 @@ from semvid.launch.bench import layer
 CASES = {"refresh", "reuse", "dense", "block, refresh", "block, reuse", "block, dense"}
 
 
-def test_cases_of_one_and_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cases_of_one_and_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     args = ["--device", "cpu", "--gpus", "1,2", "--repeats", "2", "--warmup", "0", "--out", str(tmp_path), "--json"]
+    args += ["--shape", "toy", "toy", "--density", "0.3", "0.6"]
     assert cli.main(["bench", "layer", *args]) == 0
-    out, err = capsys.readouterr()
+    # The ranks' own lines too.
+    out, err = capfd.readouterr()
     report = json.loads(out.splitlines()[-1])
     assert report == json.loads((tmp_path / "layer.json").read_text())
-    (shape,) = report["shapes"]
+    shape, denser = report["shapes"]
+    assert denser["worlds"]["2"]["density"] > 1.5 * shape["worlds"]["2"]["density"]
     alone, both = (shape["worlds"][world] for world in ("1", "2"))
     assert {row["name"] for row in alone["rows"]} == CASES
     assert {row["name"] for row in both["rows"]} == CASES | {
@@ -36,6 +39,7 @@ def test_cases_of_one_and_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert len(row["phases_ms_of_ranks"]) == len(row["sent_bytes_of_ranks"]) == 2
             assert {"attend", "exchange", "return"} <= set(row["phases_ms"])
     assert "2 x  refresh, ring" in err
+    assert "semvid: toy: 2 ranks: refresh, ring " in err
     assert (tmp_path / "layer.png").is_file() or "matplotlib is missing" in err
 
 
@@ -72,6 +76,7 @@ def test_without_matplotlib_there_is_a_reason_and_no_plot(tmp_path: Path, monkey
         ),
         (["--shape", "wan"], "--shape is 'wan'"),
         (["--density", "2"], "--density is 2"),
+        (["--density", "0.3", "0.5"], "--density has 2 values for 1 shapes; accepted: one, or one for each shape"),
         (["--device", "cpu", "--usp"], "--usp can't run here: "),
         (["--device", "cpu", "--backend", "fast"], "backend is 'fast'"),
     ],

@@ -49,7 +49,7 @@ class OneWindow:
             found = self.whole.memory
             if found is None or tuple(x.blocks[0].shape[1] for x in found) != rows:
                 blocks = [[torch.full((1, n, D), torch.nan) for _ in range(self.whole.world)] for n in rows]
-                self.whole.memory = found = Views(*(shared(of_rank) for of_rank in blocks))
+                self.whole.memory = found = Views(*(shared(of_rank, like.device) for of_rank in blocks))
         self.barrier()
         assert self.whole.memory is found, "all ranks ask for the same"
         return found
