@@ -175,7 +175,7 @@ class _Layer:
                 rows.append(self._sparse(f"refresh, {name}", REFRESH, ulysses, placement=_whole_heads(heads)))
             rows.append(self._sparse("refresh, ring", REFRESH, self.ring))
         if self.options.usp and self.world > 1:
-            rows.append(self._usp(ulysses))
+            rows += self._usp(ulysses)
         config, pairs = self.work.config, workload.computed_pairs(
             self.work.block_map, self.work.queries.sizes, self.work.keys.sizes
         )  # fmt: skip
@@ -228,7 +228,11 @@ class _Layer:
     def _dense(self, ranks: Ranks) -> dict[str, Any]:
         return self._time("dense", _Call(self, ranks, self.windows).dense)
 
-    def _usp(self, ranks: Ranks) -> dict[str, Any]:
+    def _usp(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Returns the row of xfuser's dense USP; none where heads or tokens don't divide among the ranks."""
+        if self.shape.heads % self.world or self.shape.tokens % self.world:
+            self._say(f"no USP: {self.shape.heads} heads and {self.shape.tokens} tokens must divide among the ranks")
+            return []
         call = _Call(self, ranks)
         xdit.initialize(ranks)
         tokens = self.shape.tokens
@@ -236,7 +240,7 @@ class _Layer:
             f"dense, xfuser USP {xdit.dense_backend()}", lambda: xdit.usp_dense(call.q, call.k, call.v, tokens)
         )
         xdit.release()
-        return row
+        return [row]
 
     def _block(self, name: str, todo: Decision | None, ranks: Ranks) -> dict[str, Any]:
         """Times a whole transformer block; its attention computes this workload's rows, not the random model's."""
@@ -288,8 +292,7 @@ class _Layer:
                 call()
         phases = {phase: round(took / PHASE_CALLS, 4) for phase, took in recorder.milliseconds().items()}
         median, low, high = (timing.percentile(ms, share) for share in (0.5, 0.2, 0.8))
-        if self.ulysses.rank == 0:
-            print(f"semvid: {self.shape.name}: {self.world} ranks: {name} {median:.2f} ms", file=sys.stderr, flush=True)
+        self._say(f"{name} {median:.2f} ms")
         return {
             "name": name,
             "median_ms": median,
@@ -301,6 +304,10 @@ class _Layer:
             "sent_bytes": None,
             "planned_imbalance": None,
         }
+
+    def _say(self, what: str) -> None:
+        if self.ulysses.rank == 0:
+            print(f"semvid: {self.shape.name}: {self.world} ranks: {what}", file=sys.stderr, flush=True)
 
     def _once(self, call: Callable[[], Tensor]) -> float:
         """Returns the ms of one call on the rank where it takes longest; all begin together."""
