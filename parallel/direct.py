@@ -3,7 +3,8 @@
 Every number of rows that the host must know hangs on the cuts alone: a piece counts rows of a head, and a head has the
 same rows at each refresh, whatever their clusters. So the cuts are made from the loads of the refresh before, which
 have long arrived on the host, and what hangs on the clusters is worked out on the device. Every row is in exactly one
-piece in any case; that loads change little from one refresh to the next is what the balance rests on.
+piece in any case; the balance rests on loads changing little from one refresh to the next. Where they have changed
+more, the next reuse can tell, without a wait either, and is cut anew.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Permutation
-from semvid.parallel.balance import Ints, Piece, balance
+from semvid.parallel.balance import WHOLE_HEADS_TOLERANCE, Ints, Piece, balance, cost
 from semvid.parallel.exchange import Counts, Layout, on_device
 from semvid.parallel.itinerary import Placement, longest, places, table
 from semvid.parallel.phases import phase
@@ -35,14 +36,15 @@ class Loads(NamedTuple):
 
 
 class ComingLoads:
-    """Loads on their way to the host."""
+    """Loads of a refresh on their way to the host."""
 
     def __init__(self, counts: Counts) -> None:
         """Starts the copy."""
-        self._shape = counts.keys_computed.shape
+        self.shape = counts.keys_computed.shape
         rows, key_rows = counts.queries.sum(0, dtype=torch.int32), counts.keys[:, 0].sum(dtype=torch.int32)
         self._flat = torch.cat([rows.flatten(), counts.keys_computed.flatten(), key_rows[None]])
         self._arrived: Any = None
+        self._loads: Loads | None = None
         if self._flat.is_cuda:
             pinned = torch.empty(self._flat.shape, dtype=torch.int32, pin_memory=True)
             self._flat = pinned.copy_(self._flat, non_blocking=True)
@@ -51,10 +53,13 @@ class ComingLoads:
 
     def wait(self) -> Loads:
         """Returns the loads; waits for the device where they have not come yet."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        found, size = self._flat.numpy().astype(np.int64), self._shape.numel()
-        return Loads(found[:size].reshape(self._shape), found[size:-1].reshape(self._shape), int(found[-1]))
+        if self._loads is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            found, size = self._flat.numpy().astype(np.int64), self.shape.numel()
+            rows, keys = (part.reshape(self.shape) for part in (found[:size], found[size:-1]))
+            self._loads = Loads(rows, keys, int(found[-1]))
+        return self._loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,10 @@ class Way:
 class DirectExchange:
     """What this rank sends, receives and computes in one layer; kept while its map is reused."""
 
+    parts: list[list[Piece]]
+    """Each rank's share of the work."""
     pieces: list[Piece]
-    """This rank's share of the work."""
+    """This rank's."""
     heads: Tensor
     """int64 [pieces]: the head of each."""
     queries: Way
@@ -97,8 +104,18 @@ class DirectExchange:
     """How q, k and v lay in memory when it was planned, and must lie."""
     loads: ComingLoads
     """Of this refresh, for the next one's cuts."""
-    of_cuts: Loads
-    """By which this one's were made."""
+    early: bool
+    """Whether the cuts are from the loads of the refresh before."""
+
+    def imbalance(self) -> float:
+        """Returns the largest part's cost over the mean, by the loads of this refresh."""
+        loads = self.loads.wait()
+        costs = [cost(loads.rows, loads.keys, part) for part in self.parts]
+        return max(costs) * len(costs) / max(1, sum(costs))
+
+    def is_uneven(self) -> bool:
+        """Returns whether cuts by its own loads would be better ones."""
+        return self.early and self.imbalance() > 1 + WHOLE_HEADS_TOLERANCE
 
     def rows_sent(self, rank: int) -> int:
         """Returns how many rows rank `rank`, this one, sends to others: q, k and v there, out back. Waits."""
@@ -130,7 +147,8 @@ def plan_direct(
     assert ranks.mesh.ring == 1, "windows serve one ring row"
     (H, n), me = permutations[0].order.shape, ranks.shard
     loads = ComingLoads(counts)
-    known = loads.wait() if before is None or not _fits(before, counts, n) else before.loads.wait()
+    early = before is not None and _fits(before, counts, n)
+    known = before.loads.wait() if before is not None and early else loads.wait()
     with phase("plan on host", on_host=True):
         parts = place_work(known.rows, known.keys, ranks.mesh.sequence)
         # Every head has every row.
@@ -142,6 +160,7 @@ def plan_direct(
     keys = ops.addresses(permutations[1].order, counts.keys, me, *tables[3:], *layouts[1:])
     mine, rows = parts[me], [longest(part) for part in parts]
     return DirectExchange(
+        parts,
         mine,
         tables[0][H:, 0],
         Way(queries.sources[0], queries.ranks, queries.targets),
@@ -159,13 +178,13 @@ def plan_direct(
         ),
         layouts,
         loads,
-        known,
+        early,
     )
 
 
 def _fits(before: DirectExchange, counts: Counts, n: int) -> bool:
     """Returns whether a refresh has the rows of the one before."""
-    return before.q_rows == n and before.of_cuts.keys.shape == counts.keys_computed.shape
+    return before.q_rows == n and before.loads.shape == counts.keys_computed.shape
 
 
 def _tables(parts: Sequence[Sequence[Piece]], me: int, H: int, rows: int) -> tuple[Ints, Ints, Ints]:

@@ -51,7 +51,8 @@ class Memory(NamedTuple):
     bits: Tensor | None = None
     """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads; None where the plan has it."""
     counts: Counts | None = None
-    """What an exchange is planned from, where the memory comes from a checkpoint."""
+    """What an exchange is planned from, where the memory comes from a checkpoint or was cut by the loads of the refresh
+    before; else None."""
     log_n: Tensor | None = None
     """fp32 [H, Ck]: what stand-ins weigh, see `semvid.parallel.tail`; None without a tail."""
     step: int = 0

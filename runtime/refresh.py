@@ -81,13 +81,29 @@ def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory
     if memory.counts is not None:
         whole = _counted(GlobalMap(memory.bits, Ck, memory.counts), prompt)
         planned = _planned_across(q, k, v, session, whole, (queries, keys), memory)
-        return memory._replace(queries=queries, keys=keys, counts=None, **planned)
+        return memory._replace(queries=queries, keys=keys, **planned)
     with phase("plan"):
         block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
         if prompt is not None:
             block_map = prompt.selected(block_map)
         planned = _planned(queries, keys, block_map, session)
     return memory._replace(queries=queries, keys=keys, bits=None if prompt is None else memory.bits, **planned)
+
+
+def recut(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
+    """Returns a memory whose work is cut by its own loads where those of the refresh before did so unevenly.
+
+    For the reuses after a refresh, when its loads are on the host: no collective, no wait. Every rank finds the same.
+    """
+    exchange = memory.exchange
+    assert isinstance(exchange, DirectExchange), "others are cut by their own loads"
+    assert memory.bits is not None
+    assert memory.counts is not None
+    if not exchange.is_uneven():
+        return memory._replace(counts=None)
+    whole = GlobalMap(memory.bits, memory.keys.centroids.shape[1], memory.counts)
+    planned = _planned_across(q, k, v, session, whole, (memory.queries, memory.keys), memory)
+    return memory._replace(**planned | {"counts": None})
 
 
 def has_tail(config: AttentionConfig) -> bool:
@@ -229,7 +245,8 @@ def _planned_across(
         if of_queries is not None:
             block_map = anchors.select_all(block_map, keys.sizes[exchange.heads])
         plans = [ops.plan(exchange.q_offsets, k_offsets, block_map) for k_offsets in exchange.k_offsets]
-    return {"exchange": exchange, "plans": plans, "anchored": of_queries}
+    kept = whole.counts if isinstance(exchange, DirectExchange) and exchange.early else None
+    return {"exchange": exchange, "plans": plans, "anchored": of_queries, "counts": kept}
 
 
 def exchange_of(

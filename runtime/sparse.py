@@ -15,7 +15,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import AnyExchange, Memory
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import Means, exchange_of, plan_again, refresh, share_of_anchors
+from semvid.runtime.refresh import Means, exchange_of, plan_again, recut, refresh, share_of_anchors
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
@@ -55,6 +55,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
     assert memory is not None, "the schedule reuses only what is there"
     if not memory.plans:
         memory = plan_again(q, k, v, session, memory)
+        session.cache.put(layer, branch, memory)
+    elif memory.counts is not None and isinstance(todo, Reuse):
+        memory = recut(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)
     session.meter.count_sparse(memory.density)
     tail = _tail(k, v, session, memory, means)

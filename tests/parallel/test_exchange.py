@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from semvid.kernels import permute
 from semvid.kernels.dispatch import select
-from semvid.kernels.layout import Tail
+from semvid.kernels.layout import Tail, shared
 from semvid.parallel import balance
-from semvid.parallel.exchange import flat_rows, layout
+from semvid.parallel.direct import DirectExchange
+from semvid.parallel.exchange import Exchange, flat_rows, layout
 from semvid.parallel.maps import pack_bits
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks, connect
 from semvid.parallel.ring import attend_exchanged
 from semvid.parallel.shard import Shard
-from semvid.parallel.windows import open_windows
+from semvid.parallel.windows import Views, open_windows
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.schedule import Refresh, Reuse
@@ -88,6 +90,7 @@ def _equals_one_rank(
     cases: list[tuple[int, int, str]],
     masses: tuple[float, ...],
     anchors: str = "no",
+    files: str | None = None,
 ) -> None:
     # Small tiles, so that toy heads are cut in many places.
     balance.TILE_ROWS, balance.TILE_OVERHEAD_KEYS = 4, 2
@@ -98,14 +101,14 @@ def _equals_one_rank(
     for mesh in meshes:
         ranks = connect(mesh)
         # One set for all cases: memory grows, and dense calls follow sparse ones through it.
-        windows = open_windows(ranks, device)
-        assert (windows is not None) == (device.type == "cuda" and mesh.ring == 1)
+        windows = FileWindows(ranks, files) if files else open_windows(ranks, device)
+        assert (windows is not None) == (files is not None or (device.type == "cuda" and mesh.ring == 1))
         for (H, N, kind), p in itertools.product(cases, masses):
             q, k, v = (x.to(device) for x in tokens(H, N, 16, kind))
             alone = session(Ranks(), N, p, backend, device, anchors=anchors)
             expected = run(alone, q, k, v)
             made = session(ranks, N, p, backend, device, anchors=anchors)
-            made.windows = windows
+            made.windows = windows  # type: ignore[assignment]
             shard = made.shard
             assert shard is not None
             part = slice(shard.first, shard.first + shard.tokens)
@@ -115,6 +118,10 @@ def _equals_one_rank(
                 torch.testing.assert_close(
                     mine, whole[:, part], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
+            memory = made.cache.get(0, "cond")
+            # The second refresh was cut by the loads of the first; the reuse after it has seen to that.
+            assert isinstance(memory.exchange, DirectExchange if windows else Exchange)
+            assert memory.counts is None
             assert made.meter.read().sparse == pytest.approx(alone.meter.read().sparse, rel=1e-6)
             if p == 1.0:
                 torch.testing.assert_close(expected[1], expected[3] * 2, rtol=2e-5, atol=2e-5)
@@ -131,6 +138,77 @@ def _equals_one_rank(
 def test_every_mesh_gives_what_one_rank_gives(world: int, meshes: list[Mesh], spawn: Callable[..., None]) -> None:
     # On four ranks 5 tokens make shards of 2, 2, 1 and 0: one is all padding.
     spawn(world, _equals_one_rank, meshes, "reference", CASES, (0.6, 1.0))
+
+
+class FileWindows:
+    """What `Windows` is on GPUs, in files that the processes of one host map."""
+
+    def __init__(self, ranks: Ranks, folder: str) -> None:
+        self.ranks, self.folder = ranks, folder
+        self._views: dict[tuple[int, int, int], Views] = {}
+
+    def views(self, q_rows: int, kv_rows: int, like: Tensor) -> Views:
+        key = q_rows, kv_rows, like.shape[-1]
+        if key not in self._views:
+            world, D = self.ranks.mesh.sequence, like.shape[-1]
+            name = f"{self.folder}/{world}-" + "-".join(map(str, key))
+            rows = q_rows, kv_rows, kv_rows, q_rows
+            if self.ranks.rank == 0:
+                torch.from_file(name, shared=True, size=world * sum(rows) * D).fill_(torch.nan)
+            self.barrier()
+            whole = torch.from_file(name, shared=True, size=world * sum(rows) * D).view(world, -1)
+            blocks = [[part.view(1, n, D) for part, n in zip(own.split([n * D for n in rows]), rows, strict=True)]
+                      for own in whole]  # fmt: skip
+            self._views[key] = Views(*(shared(list(of_ranks), like.device) for of_ranks in zip(*blocks, strict=True)))
+        return self._views[key]
+
+    def barrier(self) -> None:
+        dist.barrier(self.ranks.sequence)
+
+
+@pytest.mark.parametrize(("world", "backend"), [(2, "reference"), (3, "reference"), (4, "reference"), (2, "triton")])
+@pytest.mark.parametrize("anchors", ["no", "yes"])
+def test_windows_give_what_one_rank_gives(
+    world: int, backend: str, anchors: str, tmp_path: Path, spawn: Callable[..., None]
+) -> None:
+    cases = CASES if backend == "reference" else [(3, 11, "blobs")]
+    spawn(world, _equals_one_rank, [Mesh(ulysses=world)], backend, cases, (0.6, 1.0), anchors, str(tmp_path))
+
+
+def _recuts(rank: int, world: int, folder: str) -> None:
+    """Between two refreshes all queries go over to one cluster of one head: the reuse must not be cut as before."""
+    balance.TILE_ROWS, balance.TILE_OVERHEAD_KEYS = 4, 2
+    H, N = 3, 64
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(H, N, 16, generator=generator) for _ in range(3))
+    ranks, cpu = connect(Mesh(ulysses=world)), torch.device("cpu")
+    alone, made = session(Ranks(), N, 0.6, "reference", cpu), session(ranks, N, 0.6, "reference", cpu)
+    made.windows = FileWindows(ranks, folder)  # type: ignore[assignment]
+    assert made.shard is not None
+    part = slice(made.shard.first, made.shard.first + made.shard.tokens)
+    exchanges = []
+    for step, todo in enumerate((FIRST, AGAIN, Reuse(), Reuse())):
+        if step == 1:
+            # One head attends to everything, the others to little.
+            k, q = k.clone(), q * torch.tensor([0.01, 8.0, 8.0])[:, None, None]
+        for one in (alone, made):
+            one.enter(Position(step, 9, "cond"))
+        whole = sparse_attention(q, k, v, alone, 0, todo)
+        mine = sparse_attention(*(x[:, part] for x in (q, k, v)), made, 0, todo)
+        torch.testing.assert_close(mine, whole[:, part], rtol=2e-5, atol=2e-5)
+        exchange = made.cache.get(0, "cond").exchange  # type: ignore[union-attr]
+        assert isinstance(exchange, DirectExchange)
+        exchanges.append(exchange)
+    seeded, early, own, kept = exchanges
+    assert not seeded.is_uneven()
+    assert early.parts == seeded.parts
+    assert early.is_uneven()
+    assert own.imbalance() < early.imbalance() - 0.1
+    assert kept is own
+
+
+def test_a_reuse_is_cut_anew_where_loads_have_changed(tmp_path: Path, spawn: Callable[..., None]) -> None:
+    spawn(2, _recuts, str(tmp_path))
 
 
 @pytest.mark.parametrize(

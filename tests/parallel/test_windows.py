@@ -149,6 +149,12 @@ def attention_by(plan: Plan) -> Attend:
     return attend
 
 
+def over_mean(whole: Case, exchange: DirectExchange) -> float:
+    """The largest part's cost over the mean."""
+    costs = [balance.cost(*whole.loads(), part) for part in exchange.parts]
+    return max(costs) * len(costs) / sum(costs)
+
+
 def test_a_refresh_waits_for_the_loads_of_the_one_before_and_not_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[ComingLoads] = []
     wait = ComingLoads.wait
@@ -162,6 +168,12 @@ def test_a_refresh_waits_for_the_loads_of_the_one_before_and_not_for_its_own(mon
     first = exchange_of(0, 2, case(3, 20, 0), x)
     second = exchange_of(0, 2, case(3, 20, 1), x, first)
     assert waited == [first.loads, first.loads]
+    # A reuse asks whether its own loads, which have come by then, were cut evenly.
+    assert not first.is_uneven()
+    assert second.imbalance() == pytest.approx(over_mean(case(3, 20, 1), second))
+    assert second.is_uneven() == (second.imbalance() > 1 + balance.WHOLE_HEADS_TOLERANCE)
+    assert set(waited[2:]) == {second.loads}
+    del waited[2:]
     # Rows of another number are of another job.
     x = [torch.randn(3, 6, 8) for _ in range(3)]
     other = exchange_of(0, 2, case(3, 12, 1), x, second)
