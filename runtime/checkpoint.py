@@ -136,7 +136,7 @@ def check_fits(found: Checkpoint, mine: Json) -> None:
 
 
 def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[str, Tensor], Json]:
-    """Returns this rank's part of a checkpoint, in host memory, and the plain values of the scheduler.
+    """Returns this rank's part of a checkpoint, where it is, and the plain values of the scheduler.
 
     Raises:
         ValueError: the scheduler holds something other than tensors and plain values.
@@ -160,7 +160,7 @@ def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[st
     plain, tensors = scheduler_state(scheduler)
     if ranks.rank == 0:
         taken |= {"latents": state.latents, **{f"scheduler/{name}": x for name, x in tensors.items()}}
-    return {name: x.detach().cpu().contiguous() for name, x in taken.items()}, plain
+    return taken, plain
 
 
 def manifest(step: int, job: Json, scheduler: Json, density: Density, step_seconds: list[float], mesh: str) -> Json:

@@ -107,6 +107,8 @@ class AttentionConfig:
     the cluster's queries. "auto": where the sequence holds video alone; "yes" is refused where it holds text too."""
     dense_steps: float = 0.2
     """Share of the steps, from the first, that stay dense; rounded down to whole steps."""
+    least_dense_steps: int = 0
+    """At least so many, but no more than half of the steps: a step of few goes far, and so do its errors."""
     dense_layers: int = 1
     """Layers, from the first, that stay dense."""
     seeding: Literal["random", "spread"] = "random"
@@ -295,6 +297,8 @@ def check(config: Config) -> None:
     _require(job.failures >= 1, "job.failures", job.failures, "1 or more")
     share = attention.dense_steps
     _require(0 <= share <= 1, "attention.dense_steps", share, "0 .. 1, a share of the steps")
+    least = attention.least_dense_steps
+    _require(least >= 0, "attention.least_dense_steps", least, "0 or more")
     _require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")
     for name in ("first_iterations", "iterations", "refresh_every"):
         _require(getattr(attention, name) >= 1, f"attention.{name}", getattr(attention, name), "1 or more")

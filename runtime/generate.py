@@ -271,8 +271,8 @@ class _Run:
             body = checkpoint.manifest(
                 self.step, self.identity, scheduler, density, [*self.step_seconds], str(self.ranks.mesh)
             )
-            self.stall_s, self.saved_at = time.perf_counter() - begin, time.monotonic()
             self.writer.submit(self.step, tensors, body)
+            self.stall_s, self.saved_at = time.perf_counter() - begin, time.monotonic()
         if stop:
             self.writer.join()
             place = f"after step {self.step}" if due else "from the beginning, without checkpoints,"

@@ -28,9 +28,13 @@ Decision = Dense | Refresh | Reuse
 
 
 def num_dense_steps(config: AttentionConfig, steps: int) -> int:
-    """Returns how many of `steps` steps, from the first, are dense: ⌊dense_steps · steps⌋, as SVG2's authors round."""
+    """Returns how many of `steps` steps, from the first, are dense.
+
+    ⌊dense_steps · steps⌋, as SVG2's authors round, but at least `least_dense_steps`, or half of all where that is less.
+    """
     # Rounded first, so that 0.29 · 100 is 29 and not 28.
-    return math.floor(round(config.dense_steps * steps, 6))
+    share = math.floor(round(config.dense_steps * steps, 6))
+    return max(share, min(config.least_dense_steps, steps // 2))
 
 
 @dataclass(frozen=True, slots=True)

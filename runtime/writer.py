@@ -12,6 +12,7 @@ from torch import Tensor
 from semvid.parallel.ranks import Ranks
 from semvid.runtime import parts
 from semvid.runtime.pulse import Pulse
+from semvid.runtime.staging import Staged, Staging
 
 PATIENCE_S = 600.0
 POLL_S = 0.02
@@ -34,20 +35,22 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
+        self._staging = Staging()
 
     def submit(self, step: int, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
-        """Starts writing the checkpoint after `step` steps and returns.
+        """Starts copying and writing the checkpoint after `step` steps and returns.
 
         Args:
             step: steps done.
-            tensors: this rank's part, in host memory; nobody may change them.
+            tensors: this rank's part, on the CPU or a GPU; nobody may change them.
             body: rank 0's manifest but for the parts.
 
         Raises:
             OSError: of the checkpoint before.
         """
         self.join()
-        self._thread = threading.Thread(target=self._work, args=(step, tensors, body), daemon=True)
+        staged = self._staging.copied(tensors)
+        self._thread = threading.Thread(target=self._work, args=(step, staged, body), daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -75,18 +78,18 @@ class Writer:
             self._thread.join()
             self._thread = None
 
-    def _work(self, step: int, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+    def _work(self, step: int, staged: Staged, body: Mapping[str, Any]) -> None:
         try:
-            self._write(step, tensors, body)
+            self._write(step, staged, body)
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
             self._error = error
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+    def _write(self, step: int, staged: Staged, body: Mapping[str, Any]) -> None:
         begin, rank = time.perf_counter(), self.ranks.rank
         folder = parts.temporary(self.root, step)
         path = folder / f"rank-{rank:04d}.safetensors"
         try:
-            own = parts.write_tensors(path, tensors, self.pulse.beat_of_writer)
+            own = parts.write_tensors(path, staged.wait(), self.pulse.beat_of_writer)
             self.pulse.reach("checkpoint")
         except OSError:
             # A full disk: at least what is of no use goes.

@@ -180,6 +180,7 @@ class _Video:
         attention = replace(
             self.deployment.config.attention,
             dense_steps=FIRST_SPARSE / STEPS,
+            least_dense_steps=0,
             refresh="fixed",
             refresh_every=2,
             method="clusters",

@@ -23,6 +23,7 @@ from semvid.parallel.phases import recording
 from semvid.runtime import denoise, folder, models
 from semvid.runtime.config import AttentionConfig, Config, VideoConfig, resolve
 from semvid.runtime.metrics import Density, Frames, likeness_on, relative_error
+from semvid.runtime.schedule import num_dense_steps
 
 # Of the demo model's card. Seed i goes with prompt i.
 PROMPTS = (
@@ -194,7 +195,8 @@ class _Bench:
         attention = config_of(method)
         if self.pipeline.device.type == "cuda" and method.name not in self.warm:
             # Kernels are compiled here and not on the clock.
-            short = replace(attention, dense_steps=0.0, refresh_every=min(attention.refresh_every, WARM_UP["every"]))
+            every = min(attention.refresh_every, WARM_UP["every"])
+            short = replace(attention, dense_steps=0.0, least_dense_steps=0, refresh_every=every)
             self._loop(replace(video, steps=WARM_UP["steps"]), method, short)
             self.warm.add(method.name)
         return self._loop(video, method, attention)
@@ -216,7 +218,7 @@ class _Bench:
             density = handle.density()
         finally:
             handle.remove()
-        first = int(attention.dense_steps * video.steps + 1e-6) if method.attention.get("method") != "dense" else 0
+        first = num_dense_steps(attention, video.steps) if attention.method != "dense" else 0
         seconds = _without_probes(times, first, probe)
         return Made(state=state, density=density, seconds=seconds, phase_ms=recorder.milliseconds()), probe
 

@@ -24,6 +24,11 @@ def test_dense_steps_are_a_share_rounded_down(share: float, steps: int, dense: i
     assert num_dense_steps(AttentionConfig(dense_steps=share), steps) == dense
 
 
+@pytest.mark.parametrize(("steps", "dense"), [(1, 0), (2, 1), (5, 2), (8, 3), (15, 3), (20, 4), (50, 10)])
+def test_few_steps_have_their_least_of_dense_ones_but_no_more_than_half(steps: int, dense: int) -> None:
+    assert num_dense_steps(AttentionConfig(dense_steps=0.2, least_dense_steps=3), steps) == dense
+
+
 def test_svg2_is_dense_first_then_seeded_then_warm_at_every_step() -> None:
     assert plan(SVG2, 50, 1) == [Dense()] * 10 + [Refresh(50, seeded=True)] + [Refresh(2, seeded=False)] * 39
 
