@@ -40,8 +40,8 @@ SAMPLED_HEADS, SAMPLED_ROWS = 8, 24
 # Relative, of rows computed in bf16 against fp32 ones: rounding of the weights and of the result.
 ERROR_BOUND = 1e-2
 PHASE_CALLS = 3
-# Some 5 ms.
-PAUSE_CYCLES = 10_000_000
+# Some 20 ms: in a model the host is a block or more ahead of the device.
+PAUSE_CYCLES = 40_000_000
 
 
 def run(rank: int, world: int, folder: str, options: LayerOptions) -> None:
