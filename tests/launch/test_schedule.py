@@ -30,7 +30,8 @@ def test_a_terminal_gets_colours() -> None:
 
 def test_the_plan_of_a_configuration_as_json_and_as_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "job.toml"
-    file.write_text("[video]\nsteps = 8\n[attention]\ndense_layers = 0\nleast_dense_steps = 0\nrefresh = 'drift'\nrefresh_every = 2\n")
+    policy = "dense_layers = 0\nleast_dense_steps = 0\nrefresh = 'drift'\nrefresh_every = 2\n"
+    file.write_text(f"[video]\nsteps = 8\n[attention]\n{policy}")
     out = tmp_path / "plan.png"
     assert run(["--config", str(file), "--json", "--out", str(out)]) == 0
     rows = json.loads(capsys.readouterr().out)["decisions"]

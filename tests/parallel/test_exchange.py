@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semvid.kernels import permute
 from semvid.kernels.dispatch import select
-from semvid.kernels.layout import Tail, shared
+from semvid.kernels.layout import Tail
 from semvid.parallel import balance
 from semvid.parallel.direct import DirectExchange
 from semvid.parallel.exchange import Exchange, flat_rows, layout
@@ -20,12 +20,13 @@ from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks, connect
 from semvid.parallel.ring import attend_exchanged
 from semvid.parallel.shard import Shard
-from semvid.parallel.windows import Views, open_windows
+from semvid.parallel.windows import open_windows
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.schedule import Refresh, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import dense_attention, sparse_attention
+from tests.parallel.file_windows import FileWindows
 
 FIRST, AGAIN = Refresh(3, seeded=True), Refresh(1, seeded=False)
 
@@ -138,32 +139,6 @@ def _equals_one_rank(
 def test_every_mesh_gives_what_one_rank_gives(world: int, meshes: list[Mesh], spawn: Callable[..., None]) -> None:
     # On four ranks 5 tokens make shards of 2, 2, 1 and 0: one is all padding.
     spawn(world, _equals_one_rank, meshes, "reference", CASES, (0.6, 1.0))
-
-
-class FileWindows:
-    """What `Windows` is on GPUs, in files that the processes of one host map."""
-
-    def __init__(self, ranks: Ranks, folder: str) -> None:
-        self.ranks, self.folder = ranks, folder
-        self._views: dict[tuple[int, int, int], Views] = {}
-
-    def views(self, q_rows: int, kv_rows: int, like: Tensor) -> Views:
-        key = q_rows, kv_rows, like.shape[-1]
-        if key not in self._views:
-            world, D = self.ranks.mesh.sequence, like.shape[-1]
-            name = f"{self.folder}/{world}-" + "-".join(map(str, key))
-            rows = q_rows, kv_rows, kv_rows, q_rows
-            if self.ranks.rank == 0:
-                torch.from_file(name, shared=True, size=world * sum(rows) * D).fill_(torch.nan)
-            self.barrier()
-            whole = torch.from_file(name, shared=True, size=world * sum(rows) * D).view(world, -1)
-            blocks = [[part.view(1, n, D) for part, n in zip(own.split([n * D for n in rows]), rows, strict=True)]
-                      for own in whole]  # fmt: skip
-            self._views[key] = Views(*(shared(list(of_ranks), like.device) for of_ranks in zip(*blocks, strict=True)))
-        return self._views[key]
-
-    def barrier(self) -> None:
-        dist.barrier(self.ranks.sequence)
 
 
 @pytest.mark.parametrize(("world", "backend"), [(2, "reference"), (3, "reference"), (4, "reference"), (2, "triton")])
