@@ -9,9 +9,7 @@ import contextlib
 import errno
 import logging
 import os
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 from semvid.launch import cancel, env
 from semvid.launch.child import Child, Order, Sight
 from semvid.launch.gang import Where, meeting_place, orders_of, rank_order
-from semvid.launch.queue import Queue
 from semvid.launch.request import NoRoomError, Request
 from semvid.launch.supervise import cause_of, note_death, supervise
+from semvid.launch.supervisor import IDLE_S, LOOK_S, Supervisor
 from semvid.launch.watch import Watch
 from semvid.runtime.job import Job
 
@@ -30,9 +28,6 @@ POLL_S = 0.3
 ROOM_S = 60.0
 START_S = 180.0
 END_S = 10.0
-LOOK_S = 1.0
-IDLE_S = 60.0
-"""So long a supervisor that has nothing to do stays."""
 LOST_S = 30.0
 """An actor that has not answered for so long is lost, and its host perhaps with it."""
 
@@ -350,50 +345,17 @@ class _Looks:
         return self.sights, lost
 
 
-class Supervisor:
-    """The actor that runs the queue of a folder. Ray starts it again if it dies; it ends itself when it is idle."""
+def _run(job: Job, request: Request) -> int:
+    # What a supervisor before this one has left.
+    sweep(job)
+    return supervise(job, lambda: live(job, request))
 
-    def __init__(self, root: str, idle_s: float = IDLE_S) -> None:
-        self.queue = Queue(Path(root), total, self._run)
-        self.idle_s = idle_s
-        self.poked_at = time.monotonic()
-        self.closing = False
-        self.lock = threading.Lock()
-        threading.Thread(target=self._follow, daemon=True).start()
 
-    def poke(self) -> bool:
-        """Returns whether this supervisor will look at the folder again; False where it is about to end."""
-        with self.lock:
-            self.poked_at = time.monotonic()
-            return not self.closing
+def _leave(root: Path) -> None:
+    """Ends the actor that runs the queue of a folder, this one, for good."""
+    import ray
 
-    def pid(self) -> int:
-        """Returns the id of its process."""
-        return os.getpid()
-
-    def _run(self, job: Job, request: Request) -> int:
-        # What one before this has left.
-        sweep(job)
-        return supervise(job, lambda: live(job, request))
-
-    def _follow(self) -> None:
-        import ray
-
-        while not self._done():
-            try:
-                self.queue.step()
-            except Exception:  # noqa: BLE001 - a folder that can't be read now may be read later
-                traceback.print_exc()
-            time.sleep(LOOK_S)
-        ray.kill(ray.get_actor(_queue_name(self.queue.root), namespace=NAMESPACE), no_restart=True)
-
-    def _done(self) -> bool:
-        with self.lock:
-            idle = self.queue.idle
-            if not idle:
-                self.poked_at = time.monotonic()
-            self.closing = idle and time.monotonic() - self.poked_at > self.idle_s
-            return self.closing
+    ray.kill(ray.get_actor(_queue_name(root), namespace=NAMESPACE), no_restart=True)
 
 
 def wake(root: Path, idle_s: float = IDLE_S) -> Any:
@@ -407,8 +369,8 @@ def wake(root: Path, idle_s: float = IDLE_S) -> Any:
     until, root = time.monotonic() + START_S, root.resolve()
     options = {"name": _queue_name(root), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     while time.monotonic() < until:
-        remote: Any = ray.remote(Supervisor)
-        actor = remote.options(**options, max_restarts=-1, max_task_retries=0, num_cpus=0).remote(str(root), idle_s)
+        remote: Any = ray.remote(Supervisor).options(**options, max_restarts=-1, max_task_retries=0, num_cpus=0)
+        actor = remote.remote(str(root), total, _run, _leave, idle_s)
         try:
             if ray.get(actor.poke.remote(), timeout=START_S):
                 return actor

@@ -74,8 +74,8 @@ class _Patrol:
         self.boards = boards
         self.watch = Watch(job.config.job)
 
-    def look(self, running: Iterable[int]) -> tuple[int, str] | None:
-        """Returns (rank, reason) if the job hangs, whose ranks `running` have not ended.
+    def look(self, running: Iterable[int]) -> tuple[int | None, str] | None:
+        """Returns (rank, reason) as Watch.look does if the job hangs, whose ranks `running` have not ended.
 
         Raises:
             KeyboardInterrupt: somebody has cancelled it.

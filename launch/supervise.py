@@ -77,15 +77,16 @@ def cause_of(code: int) -> str:
     return f"{reason}, as the system does where memory runs out" if code == -signal.SIGKILL else reason
 
 
-def note_death(job: Job, rank: int, reason: str, ends_as: str = "recovering") -> bool:
-    """Logs how a rank ended, if it could not do so itself, and returns whether that was so."""
+def note_death(job: Job, rank: int | None, reason: str, ends_as: str = "recovering") -> bool:
+    """Logs how a rank ended (None: who knows which), if it could not do so itself, and returns whether that was so."""
     job.sweep()
     return job.stop(ends_as, step=job.step, rank=rank, reason=reason)
 
 
-def report_death(job: Job, rank: int, reason: str, ends_as: str) -> None:
-    """Says and logs how a rank ended, if it could not do so itself."""
+def report_death(job: Job, rank: int | None, reason: str, ends_as: str) -> None:
+    """Says and logs how a rank ended (None: who knows which), if it could not do so itself."""
     running = job.state == "running"
     if note_death(job, rank, reason, ends_as):
         end_bar(running)
-        print(f"{PROGRAM}: rank {rank}: {reason}", file=sys.stderr)
+        name = "" if rank is None else f"rank {rank}: "
+        print(f"{PROGRAM}: {name}{reason}", file=sys.stderr)

@@ -23,12 +23,29 @@ class Watch:
         self.seen: Mapping[int, Seen] = {}
         self.moved_at = time.monotonic()
 
-    def look(self, boards: Mapping[int, Seen]) -> tuple[int, str] | None:
-        """Returns (rank, reason) if the job hangs, else None.
+    def look(self, boards: Mapping[int, Seen]) -> tuple[int | None, str] | None:
+        """Returns (rank, reason) if the job hangs, else None; the rank is None where it can't be told from others.
 
         It does if no rank at all has moved for the limit: one that hangs soon keeps all others waiting, while a rank
-        that waits for one that works is no fault. Named is the one that has passed the fewest points, as ranks pass the
-        same ones.
+        that waits for one that works is no fault. Named is the one that has come least far, as ranks pass the same
+        points and enter the same collectives.
+
+        Args:
+            boards: what each rank that runs shows now.
+        """
+        limit = self.stands(boards)
+        if limit is None:
+            return None
+        least = min(board.progress for board in boards.values())
+        last = sorted(rank for rank, board in boards.items() if board.progress == least)
+        place = _place(*(boards[rank].point for rank in last))
+        if len(last) == 1:
+            return last[0], f"hangs: no rank has moved for {limit}; this one came least far, {place}"
+        ranks = ", ".join(map(str, last))
+        return None, f"one of ranks {ranks} hangs: no rank has moved for {limit}; these came least far, {place}"
+
+    def stands(self, boards: Mapping[int, Seen]) -> str | None:
+        """Returns for how long, and by which option, no rank may stand still, if none has moved for longer.
 
         Args:
             boards: what each rank that runs shows now.
@@ -41,27 +58,34 @@ class Watch:
         limit: float = getattr(self.options, name)
         if not boards or now - self.moved_at <= limit:
             return None
-        rank = min(boards, key=lambda rank: boards[rank].counts[0])
-        place = f"to {boards[rank].point!r}" if boards[rank].point else "not even to its start"
-        return rank, f"hangs: no rank has moved for job.{name} = {limit:g} s; this one came least far, {place}"
+        return f"job.{name} = {limit:g} s"
+
+
+def _place(*points: str) -> str:
+    names = dict.fromkeys(repr(point) for point in points if point)
+    return f"to {' or '.join(names)}" if names else "not even to the start"
 
 
 @contextlib.contextmanager
 def by_itself(pulse: Pulse, job: Job) -> Iterator[None]:
     """Ends this process inside if its own counts stand still: under torchrun nobody else reads them.
 
-    A collective that waits lets a thread run, so the ranks that wait for one that hangs find it too.
+    A collective that waits lets a thread run, so the ranks that wait for one that hangs find it too. None knows which
+    of them it is, and the first to notice says so.
     """
     over = threading.Event()
     watch = Watch(job.config.job)
 
     def follow() -> None:
         while not over.wait(1.0):
-            counts = (pulse.counts[0], pulse.counts[1], pulse.counts[2])
-            found = watch.look({pulse.rank: Seen(counts, pulse.point)})
-            if found is not None:
-                if job.stop("failed", step=job.step, rank=pulse.rank, reason=found[1]):
-                    print(f"semvid: rank {pulse.rank}: {found[1]}", file=sys.stderr)
+            seen = pulse.seen()
+            limit = watch.stands({pulse.rank: seen})
+            if limit is not None:
+                reason = (
+                    f"hangs, or waits for a rank that does: it has not moved for {limit}, it came {_place(seen.point)}"
+                )
+                if job.stop("failed", step=job.step, rank=pulse.rank, reason=reason):
+                    print(f"semvid: rank {pulse.rank}: {reason}", file=sys.stderr)
                 env.end(1)
 
     threading.Thread(target=follow, daemon=True).start()

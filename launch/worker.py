@@ -175,14 +175,15 @@ def _join(
     if place.world_size == 1:
         resolve_mesh(mesh, 1, guided=guided)
         return report(job.folder, as_json, None, told_to_stop, pulse)
-    from semvid.parallel import ranks
+    from semvid.parallel import phases, ranks
 
     device = _own_device(job.config.model.device, place.local_rank)
     # Longer than the watch needs to find a rank that hangs: it says which.
     seconds = max(600.0, 2 * job.config.job.hang_seconds)
-    ranks.join(device, meeting=ranks.Meeting(place.rank, place.world_size, *env.meeting()), seconds=seconds)
-    chosen = resolve_mesh(mesh, place.world_size, guided=guided, hosts=ranks.hosts())
-    code = report(job.folder, as_json, ranks.connect(chosen), told_to_stop, pulse)
+    with phases.counting(pulse.beat_of_meeting):
+        ranks.join(device, meeting=ranks.Meeting(place.rank, place.world_size, *env.meeting()), seconds=seconds)
+        chosen = resolve_mesh(mesh, place.world_size, guided=guided, hosts=ranks.hosts())
+        code = report(job.folder, as_json, ranks.connect(chosen), told_to_stop, pulse)
     # Not after an error: the others may be in the middle of a collective, and leaving can wait for them.
     ranks.leave()
     return code

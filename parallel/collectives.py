@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from semvid.parallel.phases import enter
+
 Group = dist.ProcessGroup | None
 # The newer name, where PyTorch has it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,6 +32,7 @@ def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     if group is None:
         return list(tensors)
     buffer = torch.cat([x.flatten().float() for x in tensors])
+    enter()
     dist.all_reduce(buffer, group=group)
     parts = buffer.split([x.numel() for x in tensors])
     return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
@@ -45,6 +48,7 @@ def broadcast_all(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     if group is None:
         return list(tensors)
     buffer = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors])
+    enter()
     dist.broadcast(buffer, group=group, src=dist.get_global_rank(group, 0))
     parts = buffer.split([x.numel() * x.element_size() for x in tensors])
     # A part may begin at any byte, a tensor of its dtype may not.
@@ -63,6 +67,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     ranks = dist.get_world_size(group)
     # Flat: gloo wants the ranks along the first dimension, which x may lack.
     whole = torch.empty(ranks * x.numel(), dtype=x.dtype, device=x.device)
+    enter()
     _all_gather(whole, x.flatten(), group=group)
     return whole.view(ranks, *x.shape)
 
@@ -84,6 +89,7 @@ def from_first(
         first = dist.get_global_rank(group, 0)
         here = dist.get_rank() == first
         said = [[(name, tuple(x.shape), x.dtype) for name, x in found.items()] if here else None]
+        enter()
         dist.broadcast_object_list(said, src=first, group=group, device=device)
         assert said[0] is not None, "the first rank says what comes"
         for name, shape, dtype in said[0]:
@@ -106,6 +112,7 @@ def all_to_all_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], gro
         return lambda: x
     arrived = torch.empty(sum(received), *x.shape[1:], dtype=x.dtype, device=x.device)
     keep = [x]
+    enter()
     work = dist.all_to_all_single(arrived, x, list(received), list(sent), group=group, async_op=True)
 
     def wait() -> Tensor:

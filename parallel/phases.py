@@ -1,4 +1,7 @@
-"""Where a call is and where its time goes: named phases, timed on the device while somebody records, else free."""
+"""Where a call is and where its time goes: named phases, timed on the device while somebody records, else free.
+
+Collectives are told as well: between two phases they say which rank has come to a meeting and which has not.
+"""
 
 import contextlib
 import time
@@ -9,6 +12,7 @@ import torch
 
 _recorder: "Recorder | None" = None
 _listener: Callable[[str], None] | None = None
+_counter: Callable[[], None] | None = None
 
 
 class Recorder:
@@ -67,6 +71,23 @@ def telling(listener: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _listener = before
+
+
+@contextlib.contextmanager
+def counting(counter: Callable[[], None]) -> Iterator[None]:
+    """Calls `counter` before each collective that this process enters inside."""
+    global _counter
+    before, _counter = _counter, counter
+    try:
+        yield
+    finally:
+        _counter = before
+
+
+def enter() -> None:
+    """Tells whoever counts that this rank enters a collective: from here it may wait for the others."""
+    if _counter is not None:
+        _counter()
 
 
 @contextlib.contextmanager

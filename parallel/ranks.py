@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from semvid.parallel.collectives import Group, all_gather
 from semvid.parallel.mesh import Mesh, Place, check
+from semvid.parallel.phases import enter
 
 LOOPBACK = "127.0.0.1"
 MEETING_KEY = "semvid/port"
@@ -68,6 +69,7 @@ def connect(mesh: Mesh) -> Ranks:
     if world_size == 1:
         return Ranks(mesh)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    enter()
     axes = init_device_mesh(device, (mesh.cfg, mesh.sequence), mesh_dim_names=("cfg", "sequence"))
     return Ranks(
         mesh,
@@ -108,6 +110,7 @@ def join(
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     where: dict[str, Any] = {}
+    enter()
     if seat is not None:
         where = {"rank": seat[0], "world_size": seat[1], "init_method": f"file://{seat[2]}"}
     elif meeting is not None and (meeting.elastic or meeting.host == LOOPBACK):
@@ -165,6 +168,7 @@ def slowest(value: float, device: torch.device) -> float:
     if not dist.is_initialized():
         return value
     largest = torch.tensor([value], dtype=torch.float64, device=device)
+    enter()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 
@@ -172,6 +176,7 @@ def slowest(value: float, device: torch.device) -> float:
 def hosts() -> list[str]:
     """Returns the name of each rank's host, in the order of ranks; every one must enter."""
     names: list[str] = [""] * dist.get_world_size()
+    enter()
     dist.all_gather_object(names, socket.gethostname())
     return names
 

@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from semvid.parallel.phases import enter
+
 
 def share_weights(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Leaves each rank of the default process group with an equal part of each block's weights, on its own device.
@@ -20,6 +22,7 @@ def share_weights(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         blocks: its blocks, in the order of use.
     """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    enter()
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("weights",))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)

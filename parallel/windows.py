@@ -17,6 +17,7 @@ from torch import Tensor
 
 from semvid.kernels.layout import Shared, shared
 from semvid.parallel.collectives import all_gather
+from semvid.parallel.phases import enter
 from semvid.parallel.ranks import Ranks, hosts
 
 # Memory is taken with this much to spare, so that a layer with a split head more does not stop all ranks again.
@@ -91,6 +92,7 @@ class _Block:
 
         # Someone may still fetch from the old memory.
         torch.cuda.synchronize(device)
+        enter()
         dist.barrier(self.ranks.sequence)
         self.handle = self._memory = None
         self._memory = symmetric.empty(int(size * SPARE), dtype=torch.uint8, device=device)

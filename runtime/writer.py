@@ -100,6 +100,7 @@ class Writer:
                     folder.rmdir()
             raise
         parts.write_record(folder, rank, own)
+        self.pulse.beat_of_part()
         if rank > 0:
             return
         found = self._gather(folder)

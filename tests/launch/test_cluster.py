@@ -232,6 +232,22 @@ def supervisor_of(root: Path) -> Callable[[], int]:
     return pid
 
 
+@pytest.mark.timeout(120)
+def test_a_supervisor_with_nothing_to_do_is_gone_and_another_can_be_woken(head: Any, tmp_path: Path) -> None:
+    from ray._private import state
+
+    def alive() -> list[str]:
+        found = state.actors().values()
+        return [a["ActorID"] for a in found if a["ActorClassName"] == "Supervisor" and a["State"] != "DEAD"]
+
+    with cluster.connected(head.address, 0):
+        before = set(alive())
+        for _ in range(2):
+            cluster.wake(tmp_path, idle_s=0.5)
+            assert len(set(alive()) - before) == 1
+            wait_until(lambda: set(alive()) <= before, "the supervisor is gone", 30)
+
+
 @pytest.mark.timeout(300)
 def test_a_job_goes_on_when_its_host_is_gone(undisturbed: str, tiny_model: Path, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster

@@ -89,6 +89,8 @@ def _rows(job: Job, action: str, rank: int, points: Sequence[str]) -> list[dict[
     events = list(job.events())
     deaths = [n for n, e in enumerate(events) if e["event"] == "stop" and e["state"] == "recovering"]
     assert len(deaths) == len(points), [events[n] for n in deaths]
+    # Who was killed ended by a signal that its keeper sees; who hangs is known by its counts.
+    assert [events[n].get("rank") for n in deaths] == [rank] * len(points), [events[n] for n in deaths]
     rows = []
     for point, death in zip(points, deaths, strict=True):
         found = [e for e in events[death:] if e["event"] in ("resume", "stop")][1:2]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from semvid.launch.supervise import WITHOUT_CHECKPOINT, note_death, supervise
+from semvid.launch.supervise import WITHOUT_CHECKPOINT, last_stop, note_death, report_death, supervise
 from semvid.runtime import job as jobs
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
@@ -53,6 +53,14 @@ def test_a_death_after_the_end_is_none(job: Job) -> None:
 
     assert supervise(job, live) == 0
     assert (job.state, len(list(job.events()))) == ("done", 2)
+
+
+def test_a_death_of_nobody_knows_which_rank_is_told_without_one(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.log("begin")
+    report_death(job, None, "one of ranks 0, 1 hangs", "recovering")
+    assert capsys.readouterr().err == "semvid: one of ranks 0, 1 hangs\n"
+    stop = last_stop(job)
+    assert (stop["state"], stop["rank"], stop["reason"]) == ("recovering", None, "one of ranks 0, 1 hangs")
 
 
 def test_a_job_that_never_reaches_its_next_checkpoint_fails_too(job: Job) -> None:

@@ -5,6 +5,7 @@ import time
 import torch
 
 from semvid.parallel import phases
+from semvid.parallel.collectives import all_gather
 from semvid.parallel.phases import phase, recording
 
 
@@ -30,3 +31,16 @@ def test_nothing_is_recorded_outside_and_recordings_nest() -> None:
     assert list(inner.milliseconds()) == ["inside"]
     assert list(outer.milliseconds()) == ["outside"]
     assert phases._recorder is None
+
+
+def test_collectives_are_told_inside_alone_and_those_of_one_rank_are_none() -> None:
+    told: list[int] = []
+    phases.enter()
+    with phases.counting(lambda: told.append(0)):
+        phases.enter()
+        with phases.counting(lambda: told.append(1)):
+            phases.enter()
+        phases.enter()
+        all_gather(torch.zeros(2), None)
+    phases.enter()
+    assert told == [0, 1, 0]

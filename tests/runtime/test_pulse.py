@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from semvid.parallel.mesh import Mesh
-from semvid.parallel.phases import phase
+from semvid.parallel.phases import counting, phase
 from semvid.parallel.ranks import connect
 from semvid.runtime import denoise, folder, models
 from semvid.runtime import job as jobs
@@ -44,13 +44,19 @@ def test_a_fault_comes_as_often_as_it_says_over_all_lives(tmp_path: Path, monkey
 def test_a_board_shows_counts_and_the_last_point() -> None:
     board = bytearray(2 * BOARD_BYTES)
     pulse = Pulse(memoryview(board)[BOARD_BYTES:])
-    assert read_board(board, 1) == Seen((0, 0, 0), "")
+    assert read_board(board, 1) == Seen((0, 0, 0, 0), "")
     pulse.beat("load")
     pulse.beat("block")
+    pulse.beat_of_meeting()
     pulse.beat_of_device(3)
     pulse.beat_of_writer()
-    assert read_board(board, 1) == Seen((2, 3, 1), "block")
-    assert read_board(board, 0) == Seen((0, 0, 0), "")
+    for _ in range(2):
+        pulse.beat_of_part()
+    assert read_board(board, 1) == pulse.seen() == Seen((3, 3, 1, 2), "block")
+    assert read_board(board, 1).progress == (3, 2)
+    pulse.beat_alone("a name that is longer than its place on the board")
+    assert read_board(board, 1) == Seen((3, 3, 2, 2), "a name that is longer than its p")
+    assert read_board(board, 0) == Seen((0, 0, 0, 0), "")
 
 
 class Pipeline:
@@ -150,8 +156,8 @@ def test_every_model_of_a_family_counts_in_its_own_phase(name: str, family_confi
     assert pulse.count("decode", "decode") > 1
 
 
-def _counts_alike(rank: int, world: int, folders: list[Path]) -> None:
-    ranks = connect(Mesh(ulysses=world))
+def _counts_alike(rank: int, world: int, folders: list[Path], mesh: Mesh) -> None:
+    ranks = connect(mesh)
     for place in folders:
         pulse = Pulse()
 
@@ -161,13 +167,20 @@ def _counts_alike(rank: int, world: int, folders: list[Path]) -> None:
                 most, least = ranks.largest([count, -count], torch.device("cpu"))
                 assert most == -least, "one that hangs is known by the least count"
 
-        generate(jobs.load(place), watch, ranks=ranks, pulse=pulse)
+        with counting(pulse.beat_of_meeting):
+            generate(jobs.load(place), watch, ranks=ranks, pulse=pulse)
         assert (pulse.counts[2] > 0) == (rank == 0)
 
 
 def test_ranks_count_alike_though_the_first_alone_encodes(family_config: Any, tmp_path: Path, spawn: Any) -> None:
     made = [family_config(name, steps=2) for name in ("wan2.1-i2v-14b", "hunyuanvideo")]
-    spawn(2, _counts_alike, [jobs.create(tmp_path / str(n), config).folder for n, config in enumerate(made)])
+    folders = [jobs.create(tmp_path / str(n), config).folder for n, config in enumerate(made)]
+    spawn(2, _counts_alike, folders, Mesh(ulysses=2))
+
+
+@pytest.mark.parametrize("mesh", [Mesh(cfg=2, ring=2), Mesh(ring=2, ulysses=2)], ids=str)
+def test_ranks_count_alike_on_every_axis(mesh: Mesh, tiny_config: Any, tmp_path: Path, spawn: Any) -> None:
+    spawn(mesh.world_size, _counts_alike, [jobs.create(tmp_path / "job", tiny_config(steps=3, frames=9)).folder], mesh)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "hunyuanvideo"])
