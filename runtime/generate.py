@@ -14,9 +14,10 @@ from torch import Tensor
 from semvid.parallel import phases
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
-from semvid.runtime import checkpoint, denoise, folder, models, parts, video, vital
+from semvid.runtime import caches, checkpoint, denoise, folder, models, parts, video, vital
 from semvid.runtime.checkpoint import Checkpoint
 from semvid.runtime.denoise import Denoising
+from semvid.runtime.families.adapters import adapter_of
 from semvid.runtime.job import Job, StoppedError
 from semvid.runtime.metrics import Density, Frames
 from semvid.runtime.models import Sparsified
@@ -187,6 +188,8 @@ class _Run:
         config = self.job.config
         if pipeline is None:
             pipeline = self._phase("load", self._load)
+        if config.job.checkpoint_steps:
+            caches.check_kept(models.transformers_of(pipeline, adapter_of(pipeline)))
         seed = config.video.seed
         handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"
