@@ -3,7 +3,7 @@
 The main thread counts each named point that it passes: a block of a model, a phase of an attention call, a frame that
 is written. Stuck in a collective it passes none. All ranks pass the same points, so the one that hangs has passed the
 fewest. Two more counts are not compared: blocks that a GPU has finished, and what this rank does for all or beside the
-main thread, which are the blocks of encoders and the bytes that the writer of checkpoints has written.
+main thread, which are the blocks of encoders and of the VAE and the bytes that the writer of checkpoints has written.
 """
 
 import os
