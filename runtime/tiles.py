@@ -44,8 +44,9 @@ class _Tiles:
         self.tile = -1
 
     def count(self, told: dict[str, Any]) -> None:
-        # HunyuanVideo's decoder takes a tile in one call, Wan's frame by frame and is told which is the first.
-        self.tile += told.get("first_chunk", True)
+        # HunyuanVideo's decoder takes a tile in one call. Wan's takes its frames one by one, with a cache between them,
+        # and is told which is the first.
+        self.tile += told.get("first_chunk", "feat_cache" not in told)
 
 
 class _Share(_Tiles):
@@ -69,8 +70,8 @@ class _Share(_Tiles):
         self.calls[owner] += 1
         if owner == self.rank:
             self.decoded.append(self.decoder(x, **told))
-        # Nobody reads what is blended of this; it must have as many dimensions as a tile.
-        return x[:, :, :1, :1, :1]
+        # Nobody reads what is blended of this, in place; it must have as many dimensions as a tile.
+        return x[:, :, :1, :1, :1].clone()
 
 
 class _Whole(_Tiles):

@@ -35,10 +35,9 @@ def tiled(config: Config) -> Any:
 
 
 def sizes(vae: Any) -> dict[tuple[int, int, int], int]:
-    """Latents (frames, rows, columns) and how many tiles they are. The last have fewer than three ranks."""
-    return (
-        {(4, 3, 7): 2 * 3, (1, 5, 3): 2} if hasattr(vae, "tile_sample_min_num_frames") else {(2, 5, 7): 6, (1, 5, 3): 2}
-    )
+    """Latents (frames, rows, columns) and how many tiles they are: some for all ranks, for two, for one."""
+    many = (4, 3, 7) if hasattr(vae, "tile_sample_min_num_frames") else (2, 5, 7)
+    return {many: 6, (1, 5, 3): 2, (2, 4, 4): 1}
 
 
 class Counter:
