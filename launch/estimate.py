@@ -199,7 +199,7 @@ def _lines(report: dict[str, Any], need: Need) -> list[str]:
         f"memory    {report['peak_bytes'] / GIB:.1f} GiB a GPU at most, of {report['gpu_bytes'] / GIB:.1f}: {phases}",
         f"          weights {need.weights / GIB:.1f}, activations {need.activations / GIB:.1f}, shared rows "
         f"{need.windows / GIB:.1f}, state between steps {need.state / GIB:.1f}, encoders {need.encoders / GIB:.1f}",
-        f"decoding  {'in tiles' if need.tiled else 'whole'}, on the first GPU",
+        f"decoding  {'in tiles, shared among all GPUs' if need.tiled else 'whole, on the first GPU'}",
         f"steps     {steps}",
         f"seconds   {kinds} a forward pass; {report['denoise_seconds']:.0f} for all steps, dense "
         f"{report['dense_denoise_seconds']:.0f} ({gain:.2f} x)",

@@ -60,7 +60,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         f"time      {rest}",
         f"density   {_density_text(report)}",
         f"preset    {report['preset']}{_where_measured(report['preset_measured'])}",
-        f"decoding  {'in tiles' if report['decoded_in_tiles'] else 'whole'}",
+        f"decoding  {_decoding_text(report)}",
         f"kernels   {', '.join(f'{kind}: {name}' for kind, name in report['kernels'].items())}",
     ]
     if report["resumed_after_step"]:
@@ -77,6 +77,13 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 def _where_measured(found: str | None) -> str:
     """Returns what a preset's file says on where its values were measured, as the end of a line."""
     return "" if found is None else f"; measured on {found}"
+
+
+def _decoding_text(report: Mapping[str, Any]) -> str:
+    """Returns how the VAE decoded, and on how many GPUs."""
+    if not report["decoded_in_tiles"]:
+        return "whole" if report["gpus"] == 1 else "whole, on the first GPU"
+    return "in tiles" if report["gpus"] == 1 else f"in tiles, shared among {report['gpus']} processes"
 
 
 def _density_text(report: Mapping[str, Any]) -> str:

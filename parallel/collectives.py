@@ -123,3 +123,33 @@ def all_to_all_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], gro
         return arrived
 
     return wait
+
+
+def to_first(tensors: Sequence[Tensor], counts: Sequence[int], like: Tensor, group: Group) -> list[list[Tensor]]:
+    """Returns every rank's tensors in the order of ranks, on the first rank; on the others nothing.
+
+    Args:
+        tensors: this rank's, of `like`'s dtype, device and number of dimensions; of any shapes.
+        counts: how many each rank has, the same on every rank.
+        like: the same on every rank.
+        group: the ranks, or None for this one alone.
+    """
+    if group is None:
+        return [list(tensors)]
+    here, ranks = dist.get_rank(group), dist.get_world_size(group)
+    shapes = torch.zeros(max(counts), like.dim(), dtype=torch.int64)
+    for row, x in zip(shapes, tensors, strict=False):
+        row.copy_(torch.tensor(x.shape))
+    every = all_gather(shapes.to(like.device), group).cpu()
+    sizes = [int(shape.prod(1).sum()) for shape in every]
+    flat = [x.flatten() for x in tensors] if here else []
+    sent = torch.cat([*flat, like.new_empty(0)])[:, None]
+    away = [sizes[here] if here else 0, *[0] * (ranks - 1)]
+    arrived = all_to_all_rows(sent, away, [0, *sizes[1:]] if here == 0 else [0] * ranks, group)()
+    if here:
+        return []
+    found = [list(tensors)]
+    for shape, count, part in zip(every[1:], counts[1:], arrived[:, 0].split(sizes[1:]), strict=True):
+        pieces = part.split(shape[:count].prod(1).tolist())
+        found.append([x.view(size) for x, size in zip(pieces, shape[:count].tolist(), strict=True)])
+    return found

@@ -42,6 +42,11 @@ class Ranks:
         """The number of this rank's shard."""
         return self.place.sequence(self.mesh)
 
+    @property
+    def world(self) -> Group:
+        """All ranks of the job; None if this one is alone."""
+        return None if self.mesh.world_size == 1 else dist.group.WORLD
+
     def largest(self, values: Sequence[int], device: torch.device) -> list[int]:
         """Returns the largest of each value over all ranks. Every rank must enter; waits for the device.
 

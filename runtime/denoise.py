@@ -6,7 +6,7 @@ adapter says.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from semvid.parallel import mesh
 from semvid.parallel.collectives import all_gather, from_first
 from semvid.parallel.ranks import Ranks
+from semvid.runtime import tiles
 from semvid.runtime.config import VideoConfig
 from semvid.runtime.families.adapters import adapter_of
 from semvid.runtime.families.family import Family, Inputs, context_name, stages
@@ -167,10 +168,31 @@ def finish(pipeline: Any) -> None:
 @torch.no_grad()
 def decode(pipeline: Any, state: Denoising) -> Frames:
     """Returns the video of a finished state, uint8 [F, height, width, 3], rounded to the nearest level."""
-    vae, latents = pipeline.vae, state.family.result(state.latents, state.condition)
+    vae, latents = pipeline.vae, _ready(pipeline, state)
+    return _frames(pipeline, vae.decode(latents, return_dict=False)[0])
+
+
+@torch.no_grad()
+def decode_shared(pipeline: Any, state: Denoising, beat: Callable[[], None] = lambda: None) -> Frames | None:
+    """Returns the same frames on the first rank, None on the others. Every rank of the job must enter.
+
+    Args:
+        pipeline: with its VAE.
+        state: finished, of a video that `decodes_in_tiles`.
+        beat: called once a round of tiles.
+    """
+    pixels = tiles.decode_shared(pipeline.vae, _ready(pipeline, state), state.ranks, beat)
+    return None if pixels is None else _frames(pipeline, pixels)
+
+
+def _ready(pipeline: Any, state: Denoising) -> Tensor:
+    """Returns the latents as the VAE takes them, and has it decode in tiles where it must."""
     if decodes_in_tiles(pipeline, state):
-        vae.enable_tiling()
-    pixels = vae.decode(state.family.unscaled(vae, latents), return_dict=False)[0]
+        pipeline.vae.enable_tiling()
+    return state.family.unscaled(pipeline.vae, state.family.result(state.latents, state.condition))
+
+
+def _frames(pipeline: Any, pixels: Tensor) -> Frames:
     video = pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0]
     frames: Frames = np.ascontiguousarray(video.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return frames

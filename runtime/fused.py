@@ -6,6 +6,7 @@ stays around it. diffusers' lines, one function for each kind of block, with the
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,11 +35,21 @@ def fuse(blocks: Iterable[Any], ops: Ops) -> None:
 
 
 def unfuse(blocks: Iterable[Any]) -> None:
-    """Gives blocks their own forward back, unless a hook has come on top of ours since."""
+    """Gives blocks their own forward back, also where hooks have come on top of ours since."""
     for block in blocks:
-        replaced = vars(block).get("forward")
-        if isinstance(replaced, partial) and replaced.func in FORWARDS.values():
+        if _is_ours(vars(block).get("forward")):
             del block.forward
+            continue
+        registry = vars(block).get("_diffusers_hook")
+        # The first hook has kept the forward that it found, under one of two names.
+        for first in () if registry is None else registry._fn_refs[:1]:
+            for name in ("forward", "original_forward"):
+                if _is_ours(getattr(first, name)):
+                    setattr(first, name, MethodType(type(block).forward, block))
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func in FORWARDS.values()
 
 
 def wan_block(

@@ -6,6 +6,7 @@ A job that was stopped goes on from its newest whole checkpoint.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from semvid.parallel import phases
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
-from semvid.runtime import checkpoint, denoise, folder, models, parts, video, vital
+from semvid.runtime import caches, checkpoint, denoise, folder, models, parts, video, vital
 from semvid.runtime.checkpoint import Checkpoint
 from semvid.runtime.denoise import Denoising
+from semvid.runtime.families.adapters import adapter_of
 from semvid.runtime.job import Job, StoppedError
 from semvid.runtime.metrics import Density, Frames
 from semvid.runtime.models import Sparsified
@@ -57,7 +59,7 @@ class Result:
     mesh: Mesh
     """How the ranks of the job shared it."""
     decoded_in_tiles: bool
-    """Whether the VAE had to; it follows from the video's size."""
+    """Whether the VAE had to; it follows from the video's size. Then all ranks shared the tiles."""
     resumed_after: int
     """Steps that were done before this run; 0: it began at the first."""
 
@@ -83,8 +85,9 @@ def generate(
 ) -> Result | None:
     """Runs `job`, writes its events, video and contact sheet, and returns what it made; None on a rank other than 0.
 
-    Every rank of the job must enter. All of them denoise and write checkpoints; rank 0 alone decodes and writes the
-    video. If the job is not done and has a checkpoint it goes on from there, on whatever ranks there are.
+    Every rank of the job must enter. All of them denoise, write checkpoints and decode tiles, where the VAE has them;
+    rank 0 alone decodes what is decoded whole, and writes the video. If the job is not done and has a checkpoint it
+    goes on from there, on whatever ranks there are.
 
     Args:
         job: a folder with its configuration, the same on every rank.
@@ -187,6 +190,8 @@ class _Run:
         config = self.job.config
         if pipeline is None:
             pipeline = self._phase("load", self._load)
+        if config.job.checkpoint_steps:
+            caches.check_kept(models.transformers_of(pipeline, adapter_of(pipeline)))
         seed = config.video.seed
         handle = models.sparsify(pipeline, attention=config.attention, seed=seed, ranks=self.ranks)
         self.on_gpu = pipeline.device.type == "cuda"
@@ -206,9 +211,20 @@ class _Run:
             density = handle.density()
         finally:
             handle.remove()
-        result = self._finish(pipeline, handle, state, density) if self.leads else None
+        frames = self._decode(pipeline, state)
+        result = None if frames is None else self._finish(pipeline, handle, state, density, frames)
         self.writer.join()
         return result
+
+    def _decode(self, pipeline: Any, state: Denoising) -> Frames | None:
+        """Returns the frames on the first rank; the others help it where there are tiles to be shared."""
+        frames: Frames | None = None
+        if self.ranks.mesh.world_size > 1 and denoise.decodes_in_tiles(pipeline, state):
+            beat = partial(self.pulse.beat, "decode")
+            frames = self._phase("decode", lambda: denoise.decode_shared(pipeline, state, beat))
+        elif self.leads:
+            frames = self._phase("decode", lambda: denoise.decode(pipeline, state))
+        return frames
 
     def _load(self) -> Any:
         config = self.job.config
@@ -222,8 +238,7 @@ class _Run:
         self.ranks.largest([0], self.device)
         return pipeline
 
-    def _finish(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density) -> Result:
-        frames = self._phase("decode", lambda: denoise.decode(pipeline, state))
+    def _finish(self, pipeline: Any, handle: Sparsified, state: Denoising, density: Density, frames: Frames) -> Result:
         encoder = self._phase("write", lambda: self._write(frames))
         return Result(
             frames=frames,

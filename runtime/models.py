@@ -1,5 +1,6 @@
 """Loading a checkpoint, and putting semvid's attention into a pipeline and out again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.weights import share_weights
 from semvid.parallel.windows import open_windows
+from semvid.runtime.caches import check_caches, check_unchanged
 from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
 from semvid.runtime.families.adapters import adapter, adapter_of
 from semvid.runtime.families.family import Family, context_name
@@ -68,7 +70,7 @@ class Sparsified:
                 attention.set_processor(processor)
             registry = registry_of(transformer)
             for name in [name for name in registry.hooks if name == HOOK or name.startswith(f"{HOOK}.family")]:
-                registry.remove_hook(name, recurse=False)
+                take_out(registry, name)
             if self.session.ranks.mesh.sequence > 1:
                 unshard_transformer(transformer, self.family.plan(transformer))
             unfuse(self.family.blocks(transformer))
@@ -100,8 +102,8 @@ def sparsify(
             `semvid.runtime.denoise`'s: the pipeline's own runs both.
 
     Raises:
-        ValueError: an unsupported pipeline, one that is sparsified already, a setting that is not accepted, or a
-            shared sequence where the model can't be sharded.
+        ValueError: an unsupported pipeline, one that is sparsified already, a setting that is not accepted, a step
+            cache that can't be with it, or a shared sequence where the model can't be sharded.
     """
     family = adapter_of(pipeline)
     models = transformers_of(pipeline, family)
@@ -113,6 +115,7 @@ def sparsify(
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
     check_anchors(attention, family.facts)
+    admit = _admission(models, family, shared=ranks is not None and ranks.mesh.sequence > 1)
     session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
     if attention.method != "dense":
         # First, so that everything else stays around it.
@@ -122,11 +125,30 @@ def sparsify(
         for model in models:
             shard_transformer(model, session, family.plan(model))
         session.windows = open_windows(session.ranks, pipeline.device)
-    stock = [install(model, number, pipeline.scheduler, session, family) for number, model in enumerate(models)]
+    stock = [install(model, number, pipeline.scheduler, session, family, admit) for number, model in enumerate(models)]
     return Sparsified(pipeline, session, family, stock)
 
 
-def install(model: Any, number: int, scheduler: Any, session: Session, family: Family) -> list[Any]:
+def _admission(models: list[Any], family: Family, *, shared: bool) -> Callable[[], None]:
+    """Checks the step caches that are on the transformers, and returns what checks them again when a job begins."""
+    before = check_caches(models, family.facts, shared=shared)
+
+    def admit() -> None:
+        now = check_caches(models, family.facts, shared=shared)
+        if shared:
+            check_unchanged(before, now)
+
+    return admit
+
+
+def install(
+    model: Any,
+    number: int,
+    scheduler: Any,
+    session: Session,
+    family: Family,
+    admit: Callable[[], None] = lambda: None,
+) -> list[Any]:
     """Puts semvid's processors and hooks into one transformer and returns the processors that were there.
 
     Args:
@@ -135,6 +157,7 @@ def install(model: Any, number: int, scheduler: Any, session: Session, family: F
         scheduler: says the step where the loop does not.
         session: of the job.
         family: of the model.
+        admit: called when a job begins; refuses what has been put on the pipeline since.
     """
     stock, registry = [], registry_of(model)
     for layer, attention in enumerate(family.attentions(model)):
@@ -142,7 +165,7 @@ def install(model: Any, number: int, scheduler: Any, session: Session, family: F
         attention.set_processor(family.processor(stock[-1], session, layer))
     for place, hook in enumerate(family.hooks(session)):
         registry.register_hook(hook, f"{HOOK}.family.{place}")
-    registry.register_hook(PositionHook(session, scheduler, number), HOOK)
+    registry.register_hook(PositionHook(session, scheduler, number, admit), HOOK)
     return stock
 
 
@@ -233,15 +256,20 @@ class PositionHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, session: Session, scheduler: Any, number: int = 0) -> None:
+    def __init__(
+        self, session: Session, scheduler: Any, number: int = 0, admit: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__()
         self.number = number
+        self.admit = admit
         self.session = session
         self.scheduler = scheduler
         # diffusers sets the context on every StateManager of a stateful hook.
         self.announced = StateManager(BaseState)
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.session.position is None:
+            self.admit()
         context = self.announced.context
         step = self.scheduler.step_index if context.step_index is None else context.step_index
         steps = context.num_inference_steps or len(self.scheduler.timesteps)
@@ -260,6 +288,20 @@ class PositionHook(ModelHook):
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.session.finish()
         return module
+
+
+def take_out(registry: HookRegistry, name: str) -> None:
+    """Removes a hook from among others.
+
+    diffusers' own way loses the hook above it where that one has a forward of its own, as those of caches have: it puts
+    what was below in place of that forward, and leaves the removed hook where that forward looks for what is below.
+    """
+    place = registry._hook_order.index(name) + 1
+    above = registry._fn_refs[place] if place < len(registry._fn_refs) else None
+    kept = None if above is None else above.forward
+    registry.remove_hook(name, recurse=False)
+    if above is not None and above.original_forward is not None:
+        above.original_forward, above.forward = above.forward, kept
 
 
 def registry_of(transformer: torch.nn.Module) -> HookRegistry:

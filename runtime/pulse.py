@@ -5,7 +5,8 @@ is written; and each collective when it enters it. Stuck in one it counts nothin
 enter the same collectives, so one that waits has counted the collective to which the one that hangs has not come: that
 one has the lowest count. A writer of checkpoints may hang in its own thread, while all main threads wait alike; so the
 parts that it has written are counted too. Two more counts are not compared: blocks that a GPU has finished, and what
-this rank does for all or beside the main thread, which are the blocks of encoders and the bytes of checkpoints.
+this rank does for all or beside the main thread, which are the blocks of encoders and of the VAE and the bytes of
+checkpoints.
 """
 
 import os

@@ -55,8 +55,8 @@ def _point(path: str) -> str:
 
 
 def _counting(pulse: Pulse, point: str, marks: "deque[torch.cuda.Event] | None") -> Callable[..., None]:
-    # Of several ranks the first alone encodes.
-    beat = pulse.beat_alone if point == "encode" else pulse.beat
+    # Of several ranks the first alone encodes, and decodes unless there are tiles, of which each has others.
+    beat = pulse.beat if point == "block" else pulse.beat_alone
 
     def count(*_: Any) -> None:
         beat(point)

@@ -103,7 +103,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
             gain = at["video_seconds"]["dense"] / seconds
             found.append(f"     {method:<32} {seconds:8.1f} s a video of the schedule ({gain:.2f} x dense)")
         if at.get("vae"):
-            how = "in tiles" if at["vae"]["tiled"] else "whole"
+            # On several GPUs a job shares the tiles; here one decodes them all.
+            how = "in tiles, on one GPU" if at["vae"]["tiled"] else "whole"
             found.append(f"     decoding {how:<23} {at['vae']['seconds']:8.3f} s")
         found += [f"     encoder {row['encoder']:<24} {row['seconds']:8.3f} s" for row in at.get("text", ())]
     return found

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
@@ -108,21 +107,3 @@ def test_dense_attention_leaves_diffusers_blocks(family_config: Callable[..., Co
     pipeline = load_pipeline(Path(config.model.path), config.model)
     sparsify(pipeline, attention=config.attention)
     assert not any("forward" in vars(block) for block in pipeline.transformer.blocks)
-
-
-@pytest.mark.parametrize("first", ["cache", "semvid"])
-def test_first_block_cache_works_with_it(
-    first: str, family_config: Callable[..., Config], stock: Callable[..., torch.Tensor]
-) -> None:
-    config = family_config("wan2.1-t2v-1.3b", {"p": 0.5}, steps=6)
-    pipeline = load_pipeline(Path(config.model.path), config.model)
-    cache = FirstBlockCacheConfig(threshold=1e9)
-    if first == "cache":
-        pipeline.transformer.enable_cache(cache)
-    handle = sparsify(pipeline, attention=config.attention)
-    if first == "semvid":
-        pipeline.transformer.enable_cache(cache)
-    latents = stock(pipeline, config.video)
-    assert torch.isfinite(latents).all()
-    # Six steps of two branches and three layers; the cache skips all but the first block after the first step.
-    assert handle.density().sparse_calls + handle.density().dense_calls < 6 * 2 * 3
