@@ -20,12 +20,7 @@ class GlobalMap(NamedTuple):
 
     bits: Tensor
     """uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first in the lowest bit."""
-    key_clusters: int
     counts: Counts
-
-    def selected(self, heads: Tensor, ops: Ops) -> Tensor:
-        """Returns the map of some heads, bool [heads, Cq, Ck]."""
-        return ops.unpack_map(self.bits, heads, self.key_clusters)
 
     def density(self) -> Tensor:
         """Returns the share of token pairs that are computed, fp32 [H]; counted exactly."""
@@ -50,7 +45,7 @@ def gather_map(
         ranks: the mesh and this rank's place on it.
         bias: fp32 [H, Ck], see `top_p_map`.
     """
-    H, Ck, _ = keys.centroids.shape
+    H = keys.centroids.shape[0]
     group = ranks.sequence
     of_queries, of_keys = gather_counts(queries, keys, group)
     with phase("map"):
@@ -63,7 +58,6 @@ def gather_map(
     bits, computed = record.split([record.shape[-1] - 4, 4], dim=-1)
     return GlobalMap(
         bits,
-        Ck,
         Counts(of_queries, of_keys, computed.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., 0]),
     )
 

@@ -1,4 +1,8 @@
-"""What a job remembers from step to step: clusters, plans and exchanges, per (layer, branch)."""
+"""What a job remembers from step to step: clusters, maps and exchanges, per (layer, branch).
+
+Of every layer and branch: what is long to find and short to keep. Plans, made in no time from map and runs and longer
+than both, are not kept.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -6,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import Clusters, Permutation, Plan
+from semvid.kernels.layout import Clusters, Permutation
 from semvid.parallel.direct import DirectExchange
 from semvid.parallel.exchange import Counts, Exchange
-from semvid.parallel.maps import pack_bits
 from semvid.runtime.schedule import Refreshed
 
 AnyExchange = Exchange | DirectExchange
@@ -43,13 +46,10 @@ class Memory(NamedTuple):
     keys: Clusters
     density: Tensor
     """fp32 [H]: the share of token pairs that are computed, over all ranks."""
-    plans: list[Plan]
-    """What this rank computes: one plan where it has the whole sequence, else one for each hop of the exchange. None
-    yet where the memory comes from a checkpoint."""
+    bits: Tensor
+    """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads, of video clusters: eight key clusters a byte, the first lowest."""
     exchange: AnyExchange | None = None
     """Which rows go where; None where the sequence is whole."""
-    bits: Tensor | None = None
-    """uint8 [H, Cq, ⌈Ck / 8⌉]: the map of all heads; None where the plan has it."""
     counts: Counts | None = None
     """What an exchange is planned from, where the memory comes from a checkpoint or was cut by the loads of the refresh
     before; else None."""
@@ -62,19 +62,14 @@ class Memory(NamedTuple):
     drift: Changed | float | None = None
     """The share of labels that it changed, or what will tell it; None where nobody counts."""
     anchored: Permutation | None = None
-    """The order of this rank's queries and anchors, see `semvid.parallel.anchors`; None without anchors, or where the
-    memory comes from a checkpoint."""
+    """The order of this rank's queries and anchors, see `semvid.parallel.anchors`; None without anchors."""
+    ready: bool = True
+    """Whether exchange and orders are there. Not where the memory comes from a checkpoint or from another rank."""
 
     def refreshed(self) -> Refreshed:
         """Returns what the schedule reads; waits for a count that is on its way."""
         drift = self.drift.share() if isinstance(self.drift, Changed) else self.drift
         return Refreshed(self.step, self.interval, drift)
-
-    def map_bits(self) -> Tensor:
-        """Returns the map of all heads, uint8 [H, Cq, ⌈Ck / 8⌉]: eight key clusters a byte, the first lowest."""
-        # The plan's may have one more query cluster, of all anchors.
-        Cq = self.queries.centroids.shape[1]
-        return pack_bits(self.plans[0].block_map.selected[:, :Cq]) if self.bits is None else self.bits
 
 
 @dataclass(slots=True)

@@ -152,7 +152,7 @@ def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[st
                 taken[f"{place}/{side}/centroids"] = clusters.centroids
                 taken[f"{place}/{side}/sizes"] = clusters.sizes
         if layer % ranks.mesh.sequence == ranks.shard:
-            taken[f"{place}/map"] = memory.map_bits()
+            taken[f"{place}/map"] = memory.bits
             taken[f"{place}/density"] = memory.density
             taken[f"{place}/refreshed"] = _as_tensor(memory.refreshed())
             if memory.log_n is not None:
@@ -263,7 +263,7 @@ class _Stored:
 
 
 def _memory(stored: _Stored, place: str, session: Session, device: torch.device) -> Memory:
-    """Returns what a layer and branch remembered, cut for this rank's shard; plans are made at its first reuse."""
+    """Returns what a layer and branch remembered, cut for this rank's shard; the rest is made at its first reuse."""
     mesh, sides, counts = session.ranks.mesh, [], []
     for side in ("queries", "keys"):
         whole = _widened(stored.joined(f"{place}/{side}/labels").to(device))
@@ -278,7 +278,7 @@ def _memory(stored: _Stored, place: str, session: Session, device: torch.device)
     queries, keys = sides
     log_n = stored.only(f"{place}/log_n").to(device) if f"{place}/log_n" in stored.holders else None
     last = _as_refreshed(stored.only(f"{place}/refreshed"))
-    memory = Memory(queries, keys, density, [], None, bits, None, log_n, last.step, last.interval, last.drift)
+    memory = Memory(queries, keys, density, bits, None, None, log_n, last.step, last.interval, last.drift, ready=False)
     if mesh.sequence == 1:
         return memory
     heads = torch.arange(bits.shape[0], device=device)

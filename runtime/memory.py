@@ -46,7 +46,7 @@ class Need:
     windows: int
     """Rows that GPUs of one host share."""
     state: int
-    """Kept between steps: clusters, maps, plans, of every sparse layer and branch."""
+    """Kept between steps: clusters, maps, exchanges, of every sparse layer and branch."""
     decode: int
     """While the VAE decodes."""
     tiled: bool
@@ -180,13 +180,9 @@ def _state(model: Published, attention: AttentionConfig, tokens: int, rows: int,
         return 0
     heads, width = model.geometry.heads, model.width
     query, key = cluster_counts(attention, tokens)
-    # Labels and order of queries and keys; centroids; the map and the runs of its plan.
-    layer = 4 * WORD * heads * rows + SINGLE * (query + key) * width
-    plan = heads * query * key + WORD * heads * query * (key // 2)
+    # Labels and order of queries and keys; centroids; the map.
+    layer = 4 * WORD * heads * rows + SINGLE * (query + key) * width + heads * query * key // 8
     if shared:
         # Rows sent and where they belong: q, k, v and the way home.
-        share = rows / tokens
-        layer += 6 * WORD * heads * rows + heads * query * key // 8 + round(plan * share * 1.5)
-    else:
-        layer += plan
+        layer += 6 * WORD * heads * rows
     return layer * max(0, model.geometry.layers - attention.dense_layers)

@@ -1,4 +1,4 @@
-"""New clusters of one layer and branch, and what follows from them: what stand-ins weigh, map, plans, exchange."""
+"""New clusters of one layer and branch, and what follows from them: what stand-ins weigh, map, exchange, plans."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import BlockMap, Clusters, Permutation
+from semvid.kernels.layout import BlockMap, Clusters, Permutation, Plan
 from semvid.parallel import anchors
 from semvid.parallel.anchors import Share
 from semvid.parallel.budget import Rule, columns, density, find_map
@@ -72,22 +72,34 @@ def refresh(
     return memory, means
 
 
-def plan_again(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
-    """Returns a memory from a checkpoint with what follows from its labels and map; no collective."""
-    ops, prompt = session.ops, session.prompt
+def made_ready(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
+    """Returns a memory from a checkpoint or another rank with what follows from its labels and map; no collective."""
+    prompt = session.prompt
     queries, keys = (_ordered(side, prompt) for side in memory[:2])
-    Ck = keys.centroids.shape[1]
-    assert memory.bits is not None, "a checkpoint has the map"
-    if memory.counts is not None:
-        whole = _counted(GlobalMap(memory.bits, Ck, memory.counts), prompt)
-        planned = _planned_across(q, k, v, session, whole, (queries, keys), memory)
-        return memory._replace(queries=queries, keys=keys, **planned)
+    memory = memory._replace(queries=queries, keys=keys, ready=True)
+    if memory.counts is None:
+        return memory._replace(anchored=_anchored(queries, session))
+    whole = _counted(GlobalMap(memory.bits, memory.counts), prompt)
+    return memory._replace(**_exchanged(q, k, v, session, whole, (queries, keys), memory))
+
+
+def plans_of(memory: Memory, session: Session) -> list[Plan]:
+    """Returns what this rank computes: one plan where it has the whole sequence, else one for each hop of the exchange.
+
+    They are made for every call: kept, those of all layers would be as large as everything else that is kept.
+    """
+    ops, exchange, keys, H = session.ops, memory.exchange, memory.keys, memory.bits.shape[0]
     with phase("plan"):
-        block_map = BlockMap(ops.unpack_map(memory.bits, torch.arange(q.shape[0], device=q.device), Ck))
-        if prompt is not None:
-            block_map = prompt.selected(block_map)
-        planned = _planned(queries, keys, block_map, session)
-    return memory._replace(queries=queries, keys=keys, bits=None if prompt is None else memory.bits, **planned)
+        heads = torch.arange(H, device=memory.bits.device) if exchange is None else exchange.heads
+        block_map = BlockMap(ops.unpack_map(memory.bits, heads, keys.centroids.shape[1]))
+        if session.prompt is not None:
+            block_map = session.prompt.selected(block_map)
+        if memory.anchored is not None:
+            block_map = anchors.select_all(block_map, keys.sizes[heads])
+        if exchange is not None:
+            return [ops.plan(exchange.q_offsets, k_offsets, block_map) for k_offsets in exchange.k_offsets]
+        rows = memory.queries.permutation if memory.anchored is None else memory.anchored
+        return [ops.plan(rows.offsets, keys.permutation.offsets, block_map)]
 
 
 def recut(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
@@ -97,13 +109,12 @@ def recut(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> 
     """
     exchange = memory.exchange
     assert isinstance(exchange, DirectExchange), "others are cut by their own loads"
-    assert memory.bits is not None
     assert memory.counts is not None
     if not exchange.is_uneven():
         return memory._replace(counts=None)
-    whole = GlobalMap(memory.bits, memory.keys.centroids.shape[1], memory.counts)
-    planned = _planned_across(q, k, v, session, whole, (memory.queries, memory.keys), memory)
-    return memory._replace(**planned | {"counts": None})
+    whole = GlobalMap(memory.bits, memory.counts)
+    made = _exchanged(q, k, v, session, whole, (memory.queries, memory.keys), memory)
+    return memory._replace(**made | {"counts": None})
 
 
 def has_tail(config: AttentionConfig) -> bool:
@@ -164,7 +175,7 @@ def _place(
     bias: Tensor | None,
     before: Memory | None,
 ) -> Memory:
-    """Returns clusters with their map, plans and exchange."""
+    """Returns clusters with their map and exchange."""
     prompt = session.prompt
     if session.shard is None:
         return _place_whole(session, queries, keys, rule, bias)
@@ -173,25 +184,26 @@ def _place(
     share = whole.density()
     if _is_anchored(session):
         share += anchors.cost(whole.counts.keys_computed, session.shard.total)
-    planned = _planned_across(q, k, v, session, whole, (queries, keys), before)
-    return Memory(queries, keys, share, bits=whole.bits, **planned)
+    made = _exchanged(q, k, v, session, whole, (queries, keys), before)
+    return Memory(queries, keys, share, whole.bits, **made)
 
 
 def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule, bias: Tensor | None) -> Memory:
-    """Returns clusters with their map and plan, where the sequence is whole."""
+    """Returns clusters with their map, where the sequence is whole."""
     ops, prompt = session.ops, session.prompt
-    sides, bits = sides_of(queries, keys, bias), None
+    sides = sides_of(queries, keys, bias)
     with phase("map"):
         block_map = find_map(sides, rule, ops, mean_over(keys.sizes.shape[0], None))
+        bits = pack_bits(block_map.selected)
         if prompt is not None:
-            bits, block_map = pack_bits(block_map.selected), prompt.selected(block_map)
+            block_map = prompt.selected(block_map)
             sides = sides._replace(q_sizes=prompt.sized(sides.q_sizes), k_sizes=prompt.sized(sides.k_sizes))
         share = density(block_map, sides, ops, tail=rule.tail)
         if _is_anchored(session):
             share += anchors.cost(columns(block_map, keys.sizes, tail=rule.tail), queries.labels.shape[1])
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     with phase("plan"):
-        return Memory(queries, keys, share, bits=bits, **_planned(queries, keys, block_map, session))
+        return Memory(queries, keys, share, bits, anchored=_anchored(queries, session))
 
 
 def _ordered(side: Clusters, prompt: Prompt | None) -> Clusters:
@@ -204,15 +216,6 @@ def _counted(whole: GlobalMap, prompt: Prompt | None) -> GlobalMap:
     return whole if prompt is None else whole._replace(counts=prompt.counted(whole.counts))
 
 
-def _planned(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Session) -> dict[str, Any]:
-    """Returns what a memory of a whole sequence has of its map: plans, and the order of queries and anchors."""
-    order = _anchored(queries, session)
-    if order is not None:
-        block_map = anchors.select_all(block_map, keys.sizes)
-    rows = queries.permutation if order is None else order
-    return {"plans": [session.ops.plan(rows.offsets, keys.permutation.offsets, block_map)], "anchored": order}
-
-
 def _anchored(queries: Clusters, session: Session) -> Permutation | None:
     """Returns the order of this rank's queries and anchors; None without anchors."""
     if not _is_anchored(session):
@@ -220,7 +223,7 @@ def _anchored(queries: Clusters, session: Session) -> Permutation | None:
     return anchors.order_of(queries, share_of_anchors(queries, session), session.ops)
 
 
-def _planned_across(
+def _exchanged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -229,8 +232,8 @@ def _planned_across(
     sides: tuple[Clusters, Clusters],
     before: Memory | None,
 ) -> dict[str, Any]:
-    """Returns what a memory of a shard has of its map: exchange, plans hop by hop, order of queries and anchors."""
-    ops, counts, (queries, keys), of_q = session.ops, whole.counts, sides, layout(q)
+    """Returns what a memory of a shard has of its map: exchange, order with anchors, and counts while needed."""
+    counts, (queries, keys), of_q = whole.counts, sides, layout(q)
     of_queries = _anchored(queries, session)
     if of_queries is not None:
         # As `with_anchors` lays them, head by head; PyTorch's strides take no rows for one.
@@ -239,14 +242,8 @@ def _planned_across(
     with phase("plan"):
         last = None if before is None else before.exchange
         exchange = exchange_of(counts, orders, (of_q, layout(k), layout(v)), session, last)
-        block_map = BlockMap(whole.selected(exchange.heads, ops))
-        if session.prompt is not None:
-            block_map = session.prompt.selected(block_map)
-        if of_queries is not None:
-            block_map = anchors.select_all(block_map, keys.sizes[exchange.heads])
-        plans = [ops.plan(exchange.q_offsets, k_offsets, block_map) for k_offsets in exchange.k_offsets]
     kept = whole.counts if isinstance(exchange, DirectExchange) and exchange.early else None
-    return {"exchange": exchange, "plans": plans, "anchored": of_queries, "counts": kept}
+    return {"exchange": exchange, "anchored": of_queries, "counts": kept}
 
 
 def exchange_of(
@@ -305,7 +302,7 @@ def _shared_parts(memory: Memory) -> list[Tensor]:
     sides = [part for side in (memory.queries, memory.keys) for part in side[:3]]
     extra = [] if memory.log_n is None else [memory.log_n]
     drift = [memory.drift.count] if isinstance(memory.drift, Changed) else []
-    return [*sides, memory.density, memory.map_bits(), *extra, *drift]
+    return [*sides, memory.density, memory.bits, *extra, *drift]
 
 
 def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
@@ -325,7 +322,7 @@ def _received(q: Tensor, session: Session, before: Memory | None) -> Memory:
     parts = broadcast_all(room, ranks.cfg)
     queries = Clusters(parts[0], parts[1], parts[2], ops.group(parts[0], Cq))
     keys = Clusters(parts[3], parts[4], parts[5], ops.group(parts[3], Ck))
-    memory = Memory(queries, keys, parts[6], [], bits=parts[7], log_n=parts[8] if tail else None)
+    memory = Memory(queries, keys, parts[6], parts[7], log_n=parts[8] if tail else None, ready=False)
     if counted:
         memory = memory._replace(drift=Changed(parts[-1], _num_labels(q, session)))
     if session.shard is None:

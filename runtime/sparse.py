@@ -15,7 +15,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import AnyExchange, Memory
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import Means, exchange_of, plan_again, recut, refresh, share_of_anchors
+from semvid.runtime.refresh import Means, exchange_of, made_ready, plans_of, recut, refresh, share_of_anchors
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
@@ -53,8 +53,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory, means = (session.renew or refresh)(q, k, v, session, layer, todo)
         session.cache.put(layer, branch, memory)
     assert memory is not None, "the schedule reuses only what is there"
-    if not memory.plans:
-        memory = plan_again(q, k, v, session, memory)
+    if not memory.ready:
+        memory = made_ready(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)
     elif memory.counts is not None and isinstance(todo, Reuse):
         memory = recut(q, k, v, session, memory)
@@ -84,7 +84,7 @@ def _attend_with_anchors(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory, tail: Tail | None) -> Tensor:
     """Returns attention over the selected blocks and the tail, [H, n, D]."""
-    ops, plans = session.ops, memory.plans
+    ops, plans = session.ops, plans_of(memory, session)
     if memory.exchange is not None:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, hop: int, out: Tensor | None) -> tuple[Tensor, Tensor]:

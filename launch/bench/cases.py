@@ -17,6 +17,7 @@ from semvid.launch.bench.block_cases import Parts
 from semvid.launch.bench.checks import Check
 from semvid.launch.bench.workload import NORM_EPS, Projected, Workload, computed_pairs, padded_pairs, project
 from semvid.parallel.kmeans import refine
+from semvid.parallel.maps import pack_bits
 from semvid.runtime.cache import Memory
 from semvid.runtime.schedule import Decision, Refresh, Reuse
 from semvid.runtime.session import Position, Session
@@ -264,7 +265,7 @@ class Cases:
             queries=w.queries._replace(centroids=w.q_starts),
             keys=w.keys._replace(centroids=w.k_starts),
             density=self.ops.density(w.block_map, w.queries.sizes, w.keys.sizes),
-            plans=[plan],
+            bits=pack_bits(w.block_map.selected),
         )
 
         def call() -> tuple[Tensor, Memory | None]:

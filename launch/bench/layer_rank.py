@@ -21,7 +21,7 @@ from semvid.launch.bench.options import SHAPES, LayerOptions, Options, Shape
 from semvid.parallel import balance, xdit
 from semvid.parallel.balance import Ints, Piece
 from semvid.parallel.itinerary import Placement
-from semvid.parallel.maps import own_heads
+from semvid.parallel.maps import own_heads, pack_bits
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.phases import recording
 from semvid.parallel.ranks import Ranks, connect, join, leave, slowest
@@ -102,7 +102,7 @@ class _Call:
             queries=work.queries._replace(centroids=work.q_starts),
             keys=work.keys._replace(centroids=work.k_starts),
             density=torch.ones(work.q.shape[0], device=work.q.device),
-            plans=[],
+            bits=pack_bits(work.block_map.selected),
         )
 
     def sparse(self, todo: Decision) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semvid.kernels.reference import unpack_map
 from semvid.launch.bench.quality_rivals import exact_mass, fewest_keys
 from semvid.parallel.budget import Sides
 from semvid.parallel.tail import squares, weigh
@@ -59,7 +60,8 @@ def compare(q: Tensor, k: Tensor, v: Tensor, out: Tensor, memory: Memory, rows: 
     weights = (q[:, rows].float() @ k.float().mT / q.shape[2] ** 0.5).softmax(-1)
     exact = weights @ v.float()
     error = (out[:, rows].float() - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
-    selected = memory.plans[0].block_map.selected
+    H, Ck, _ = memory.keys.centroids.shape
+    selected = unpack_map(memory.bits, torch.arange(H, device=q.device), Ck)
     clusters = memory.queries.labels[:, rows].long()
     of_rows = torch.gather(selected, 1, clusters[..., None].expand(-1, -1, selected.shape[2]))
     labels = memory.keys.labels.long()[:, None].expand(-1, len(rows), -1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import BlockMap, Clusters, Permutation
+from semvid.parallel.maps import pack_bits
 from semvid.parallel.phases import phase
 from semvid.runtime.cache import Memory
 from semvid.runtime.refresh import refresh
@@ -104,8 +105,5 @@ def _gathered(x: Tensor, order: Tensor) -> Tensor:
 
 def _placed(queries: Clusters, keys: Clusters, block_map: BlockMap, session: Session) -> Memory:
     """Returns the memory of one process that has the whole sequence."""
-    ops = session.ops
-    share = ops.density(block_map, queries.sizes, keys.sizes)
-    with phase("plan"):
-        plan = ops.plan(queries.permutation.offsets, keys.permutation.offsets, block_map)
-    return Memory(queries, keys, share, [plan], step=session.here().step)
+    share = session.ops.density(block_map, queries.sizes, keys.sizes)
+    return Memory(queries, keys, share, pack_bits(block_map.selected), step=session.here().step)

@@ -17,7 +17,7 @@ from semvid.launch.bench.quality_report import goals
 from semvid.launch.bench.quality_rivals import by_blocks, by_exact_mass, exact_mass, fewest_keys
 from semvid.runtime import folder, published
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.refresh import refresh
+from semvid.runtime.refresh import plans_of, refresh
 from semvid.runtime.schedule import Refresh
 from semvid.runtime.session import Position, Session
 
@@ -142,7 +142,7 @@ def test_rivals_with_all_of_the_mass_are_dense(renew: Any) -> None:
     memory, _ = renew(q, k, v, of_all, 1, Refresh(1, seeded=True))
     order = [side.permutation.order for side in (memory.queries, memory.keys, memory.keys)]
     rows = [of_all.ops.gather_rows(x, by) for x, by in zip((q, k, v), order, strict=True)]
-    out = of_all.ops.scatter_rows(of_all.ops.attention(*rows, memory.plans[0])[0], order[0])
+    out = of_all.ops.scatter_rows(of_all.ops.attention(*rows, plans_of(memory, of_all)[0])[0], order[0])
     recall, error = compare(q, k, v, out, memory, torch.arange(0, 150, 3))
     assert recall == pytest.approx(1.0, abs=1e-4)
     assert error < 1e-4
@@ -154,7 +154,7 @@ def test_recall_is_the_mass_on_selected_keys() -> None:
     memory, _ = refresh(q, k, v, some, 1, Refresh(3, seeded=True))
     recall, error = compare(q, k, v, torch.zeros_like(q), memory, torch.arange(150))
     mass = exact_mass(q, k, memory.queries, memory.keys)
-    kept = torch.where(memory.plans[0].block_map.selected, mass, 0.0).sum(-1)
+    kept = torch.where(plans_of(memory, some)[0].block_map.selected, mass, 0.0).sum(-1)
     expected = (kept * memory.queries.sizes).sum(-1) / 150
     assert recall == pytest.approx(float(expected.mean()), abs=1e-4)
     assert error == pytest.approx(1.0)

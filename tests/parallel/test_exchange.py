@@ -23,6 +23,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.windows import open_windows
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
+from semvid.runtime.refresh import plans_of
 from semvid.runtime.schedule import Refresh, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import dense_attention, sparse_attention
@@ -252,13 +253,14 @@ def _tails(rank: int, world: int) -> None:
     memory = alone.cache.get(0, "cond")
     by_query, by_key = memory.queries.permutation.order, memory.keys.permutation.order
     grouped = [ops.gather_rows(x, order) for x, order in ((q, by_query), (k, by_key), (v, by_key))]
-    expected = ops.scatter_rows(ops.attention(*grouped, memory.plans[0], tail=_tail(memory, H, D))[0], by_query)
+    out, _ = ops.attention(*grouped, plans_of(memory, alone)[0], tail=_tail(memory, H, D))
+    expected = ops.scatter_rows(out, by_query)
     for mesh in (Mesh(ring=world), Mesh(ulysses=world)):
         ranks = connect(mesh)
         made = session(ranks, N, 0.5, "reference", torch.device("cpu"))
         run(made, q, k, v)
         mine = made.cache.get(0, "cond")
-        exchange, plans, tail = mine.exchange, mine.plans, _tail(mine, H, D)
+        exchange, plans, tail = mine.exchange, plans_of(mine, made), _tail(mine, H, D)
         of_pieces = Tail(*(part[exchange.heads] for part in tail))
         part = slice(made.shard.first, made.shard.first + made.shard.tokens)
 

@@ -13,6 +13,7 @@ from semvid.parallel.exchange import Counts
 from semvid.parallel.shard import Shard
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.prompt import Prompt
+from semvid.runtime.refresh import plans_of
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
 
@@ -82,7 +83,7 @@ def expected(x: tuple[Tensor, Tensor, Tensor], session: Session) -> Tensor:
     ones = torch.nn.functional.one_hot(memory.keys.labels.long(), 9).float()
     k_mean, v_mean = (ones.mT @ y[:, :VIDEO] / ones.sum(1)[..., None] for y in (k, v))
     of_rows = memory.queries.labels.long()[..., None].expand(-1, -1, 9)
-    chosen = memory.plans[0].block_map.selected[:, :4, :9].gather(1, of_rows)
+    chosen = plans_of(memory, session)[0].block_map.selected[:, :4, :9].gather(1, of_rows)
     chosen = torch.cat([chosen, torch.ones(2, TEXT, 9, dtype=torch.bool)], 1)
     tokens = chosen.gather(2, memory.keys.labels.long()[:, None].expand(-1, VIDEO + TEXT, -1))
     allowed = torch.cat([tokens, torch.ones(2, VIDEO + TEXT, TEXT, dtype=torch.bool), ~chosen], 2)
@@ -97,7 +98,7 @@ def test_stand_ins_of_a_joint_sequence_are_of_its_video_tokens(tail: str) -> Non
     found = sparse_attention(*x, session, 1, decision(session, 1))
     torch.testing.assert_close(found, expected(x, session), rtol=1e-4, atol=1e-5)
     memory = session.cache.get(1, "cond")
-    selected = memory.plans[0].block_map.selected
+    selected = plans_of(memory, session)[0].block_map.selected
     assert 0 < selected[:, :4, :9].float().mean() < 0.9
     # Pairs, counted one by one: a stand-in is as much as a token.
     cost = torch.where(selected, session.prompt.sized(memory.keys.sizes)[:, None], 1).sum(-1)

@@ -9,6 +9,7 @@ from semvid.kernels.dispatch import select
 from semvid.kernels.layout import Tail
 from semvid.parallel.kmeans import means_of
 from semvid.runtime.config import AttentionConfig
+from semvid.runtime.refresh import plans_of
 from semvid.runtime.schedule import Dense, Refresh, Refreshed, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
@@ -130,7 +131,7 @@ def test_under_kept_labels_means_are_those_of_the_step() -> None:
     tail = Tail(keys, values, memory.keys.sizes.float().log())
     order = [side.permutation.order for side in (memory.queries, memory.keys, memory.keys)]
     grouped = [session.ops.gather_rows(part, by) for part, by in zip(moved, order, strict=True)]
-    out, _ = session.ops.attention(*grouped, memory.plans[0], tail=tail)
+    out, _ = session.ops.attention(*grouped, plans_of(memory, session)[0], tail=tail)
     assert torch.equal(found, session.ops.scatter_rows(out, order[0]))
 
 
@@ -148,7 +149,7 @@ def test_rows_get_what_the_anchor_of_their_cluster_lacks(tail: str) -> None:
         of_means = make(p=0.3, tail=tail, refresh_every=5)
         first = plain.cache.get(1, "cond")
         order = of_means.ops.group(torch.arange(5, dtype=torch.int32).expand(3, 5).contiguous(), 5)
-        runs = of_means.ops.plan(order.offsets, first.keys.permutation.offsets, first.plans[0].block_map)
+        runs = of_means.ops.plan(order.offsets, first.keys.permutation.offsets, plans_of(first, of_means)[0].block_map)
         grouped = [of_means.ops.gather_rows(y, first.keys.permutation.order) for y in (k, v)]
         stand_ins = None if tail == "none" else Tail(*means_of([k, v], first.keys, of_means.ops), first.log_n)
         made, _ = of_means.ops.attention(means, *grouped, runs, tail=stand_ins)
