@@ -266,7 +266,6 @@ def _move_among(
     place = tl.load(places_ptr + i, mask=here, other=0).to(tl.int64)
     rank = tl.load(ranks_ptr + i, mask=here, other=0).to(tl.int32)
     target = tl.load(targets_ptr + i, mask=here, other=0).to(tl.int64)
-    # Elements of any dtype are 2 bytes or more.
     step = tl.multiple_of(tl.load(steps_ptr + rank, mask=here, other=0), STEP)
     inside = here[:, None] & (d < D)[None, :]
     near = near_ptr + place[:, None] * D + d[None, :]

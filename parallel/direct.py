@@ -9,7 +9,7 @@ more, the next reuse can tell, without a wait either, and is cut anew.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Permutation
+from semvid.parallel.arrival import OnItsWay
 from semvid.parallel.balance import WHOLE_HEADS_TOLERANCE, Ints, Piece, balance, cost
 from semvid.parallel.exchange import Counts, Layout, on_device
 from semvid.parallel.itinerary import Placement, longest, places, table
@@ -42,21 +43,13 @@ class ComingLoads:
         """Starts the copy."""
         self.shape = counts.keys_computed.shape
         rows, key_rows = counts.queries.sum(0, dtype=torch.int32), counts.keys[:, 0].sum(dtype=torch.int32)
-        self._flat = torch.cat([rows.flatten(), counts.keys_computed.flatten(), key_rows[None]])
-        self._arrived: Any = None
+        self._flat = OnItsWay(torch.cat([rows.flatten(), counts.keys_computed.flatten(), key_rows[None]]))
         self._loads: Loads | None = None
-        if self._flat.is_cuda:
-            pinned = torch.empty(self._flat.shape, dtype=torch.int32, pin_memory=True)
-            self._flat = pinned.copy_(self._flat, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
 
     def wait(self) -> Loads:
         """Returns the loads; waits for the device where they have not come yet."""
         if self._loads is None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
-            found, size = self._flat.numpy().astype(np.int64), self.shape.numel()
+            found, size = self._flat.wait().numpy().astype(np.int64), self.shape.numel()
             rows, keys = (part.reshape(self.shape) for part in (found[:size], found[size:-1]))
             self._loads = Loads(rows, keys, int(found[-1]))
         return self._loads

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Permutation
+from semvid.parallel.arrival import OnItsWay
 from semvid.parallel.balance import Ints, Piece, balance
 from semvid.parallel.collectives import Arrival, Group, all_to_all_rows
 from semvid.parallel.itinerary import Placement, draw_up
@@ -212,11 +213,6 @@ def on_device(tables: Sequence[Ints], like: Tensor) -> list[Tensor]:
 
 def _on_host(tensors: Sequence[Tensor]) -> list[Ints]:
     """Returns int32 tensors as int64 arrays: one copy, one wait."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    if flat.is_cuda:
-        pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        pinned.copy_(flat, non_blocking=True)
-        torch.cuda.current_stream(flat.device).synchronize()
-        flat = pinned
+    flat = OnItsWay(torch.cat([x.flatten() for x in tensors])).wait()
     parts = np.split(flat.numpy().astype(np.int64), np.cumsum([x.numel() for x in tensors])[:-1])
     return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]

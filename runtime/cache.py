@@ -5,12 +5,12 @@ than both, are not kept.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Permutation
+from semvid.parallel.arrival import OnItsWay
 from semvid.parallel.direct import DirectExchange
 from semvid.parallel.exchange import Counts, Exchange
 from semvid.runtime.schedule import Refreshed
@@ -25,18 +25,11 @@ class Changed:
         """Starts the copy of `count`, int32 [1] and the same on every rank, of so many `labels` in all."""
         self.count = count
         self._labels = labels
-        self._arrived: Any = None
-        self._count = count
-        if count.is_cuda:
-            self._count = torch.empty(1, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._count = OnItsWay(count)
 
     def share(self) -> float:
         """Returns the share of labels that changed, 0 .. 1."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return int(self._count) / self._labels
+        return int(self._count.wait()) / self._labels
 
 
 class Memory(NamedTuple):
