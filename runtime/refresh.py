@@ -73,12 +73,14 @@ def refresh(
 
 
 def made_ready(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
-    """Returns a memory from a checkpoint or another rank with what follows from its labels and map; no collective."""
+    """Returns a memory that is not ready with what follows from its labels and map; no collective."""
     prompt = session.prompt
-    queries, keys = (_ordered(side, prompt) for side in memory[:2])
+    with phase("plan"):
+        queries, keys = (_ordered(_grouped(side, session), prompt) for side in memory[:2])
     memory = memory._replace(queries=queries, keys=keys, ready=True)
     if memory.counts is None:
-        return memory._replace(anchored=_anchored(queries, session))
+        with phase("plan"):
+            return memory._replace(anchored=_anchored(queries, session))
     whole = _counted(GlobalMap(memory.bits, memory.counts), prompt)
     return memory._replace(**_exchanged(q, k, v, session, whole, (queries, keys), memory))
 
@@ -204,6 +206,14 @@ def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     with phase("plan"):
         return Memory(queries, keys, share, bits, anchored=_anchored(queries, session))
+
+
+def _grouped(side: Clusters, session: Session) -> Clusters:
+    """Returns clusters with their order, which `Memory.short` leaves out: it follows from the labels."""
+    if side.permutation.order.numel() > 0:
+        return side
+    labels = side.labels.int()
+    return side._replace(labels=labels, permutation=session.ops.group(labels, side.centroids.shape[1]))
 
 
 def _ordered(side: Clusters, prompt: Prompt | None) -> Clusters:

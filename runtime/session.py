@@ -98,7 +98,8 @@ class Session:
         """
         self.reset()
         self.position = Position(step - 1, steps, "")
-        self.cache.memories.update(memories)
+        for (layer, branch), memory in memories.items():
+            self.cache.put(layer, branch, memory)
         # What the job has counted is counted once, whoever runs which branch from here on.
         if self.ranks.place.cfg == 0:
             self.meter.resume(density)

@@ -55,7 +55,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
     assert memory is not None, "the schedule reuses only what is there"
     if not memory.ready:
         memory = made_ready(q, k, v, session, memory)
-        session.cache.put(layer, branch, memory)
+        if memory.exchange is not None:
+            session.cache.put(layer, branch, memory)
     elif memory.counts is not None and isinstance(todo, Reuse):
         memory = recut(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)

@@ -1,6 +1,6 @@
 """Tensors on their way from a GPU into host memory, beside the GPU's work."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,18 +11,14 @@ ALIGNMENT = 16
 
 
 class Staged:
-    """Tensors that are being copied."""
+    """Tensors as they are now, copied by whoever asks for them."""
 
-    def __init__(self, tensors: dict[str, Tensor], sources: list[Tensor], arrived: Any) -> None:
-        self._tensors, self._sources, self._arrived = tensors, sources, arrived
+    def __init__(self, copy: Callable[[], dict[str, Tensor]]) -> None:
+        self._copy = copy
 
     def wait(self) -> dict[str, Tensor]:
-        """Returns them in host memory, when they are there; callable from any thread."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        # Until now nobody else may have had their memory.
-        self._sources.clear()
-        return self._tensors
+        """Copies them and returns them in host memory; once, from any thread."""
+        return self._copy()
 
 
 class Staging:
@@ -33,28 +29,35 @@ class Staging:
         self._stream: Any = None
 
     def copied(self, tensors: Mapping[str, Tensor]) -> Staged:
-        """Starts the copies and returns; the host waits only where memory must be taken.
+        """Returns what copies tensors as they are at this point of the current stream; waits for nothing.
 
-        What `wait` returned before is overwritten. Tensors on the CPU are taken as they are.
+        What was returned before is overwritten. Tensors on the CPU are taken as they are.
 
         Args:
-            tensors: of any dtypes; nobody writes into them until `wait` has returned.
+            tensors: of any dtypes, all on one GPU or on the CPU; nobody writes into them until `wait` has returned.
         """
         there = {name: x.detach().contiguous() for name, x in tensors.items()}
+        devices = [x.device for x in there.values() if x.is_cuda]
+        if not devices:
+            return Staged(lambda: there)
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(devices[0]))
+        return Staged(lambda: self._copied(there, devices[0], ready))
+
+    def _copied(self, there: dict[str, Tensor], device: torch.device, ready: Any) -> dict[str, Tensor]:
+        """Returns `there` in host memory, and lets go of what was on the device, where `ready` has been recorded."""
         moved = {name: x for name, x in there.items() if x.is_cuda}
-        if not moved:
-            return Staged(there, [], None)
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in moved.values()]
-        if self._memory.numel() < sum(sizes):
-            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-        device = next(iter(moved.values())).device
-        self._stream = self._stream or torch.cuda.Stream(device)
-        # Behind what makes them, beside what comes after.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        found = dict(there)
-        with torch.cuda.stream(self._stream):
-            for (name, x), part in zip(moved.items(), self._memory[: sum(sizes)].split(sizes), strict=True):
-                found[name] = part[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return Staged(found, list(moved.values()), arrived)
+        # In this thread another device may be the current one.
+        with torch.cuda.device(device):
+            if self._memory.numel() < sum(sizes):
+                # Locking pages takes a second a gigabyte: of the one who waits, not of the one who computes.
+                self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            self._stream = self._stream or torch.cuda.Stream(device)
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                for (name, x), part in zip(moved.items(), self._memory[: sum(sizes)].split(sizes), strict=True):
+                    there[name] = part[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
+            # Until now nobody else may have the memory of what is copied.
+            self._stream.synchronize()
+        return there

@@ -308,7 +308,7 @@ class Cases:
     def check_whole(self, result: tuple[Tensor, Memory]) -> Check:
         """Returns the check of a whole call's out by the labels that it found itself."""
         w, (out, memory) = self.work, result
-        labels = memory.queries.labels, memory.keys.labels
+        labels = memory.queries.labels.int(), memory.keys.labels.int()
         # A tenth of the tokens at most may be labelled otherwise than by the reference: ties and rounding, twice.
         pairs = zip(labels, (w.queries.labels, w.keys.labels), strict=True)
         moved = [checks.check_equal(*pair, "labels moved")._replace(bound=0.1) for pair in pairs]

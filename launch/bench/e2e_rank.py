@@ -167,6 +167,9 @@ class _Video:
         self._forward(model, inputs, FIRST_SPARSE)
         session.reset()
         first = self._time(f"first{suffix}", partial(self._forward, model, inputs, FIRST_SPARSE), warmup=0, repeats=1)
+        if self._keeps_both():
+            # One rank runs the other branch too, and peaks with the clusters of both.
+            self._forward(model, inputs, FIRST_SPARSE, "uncond")
         timed: dict[str, list[tuple[float, dict[str, float], int]]] = {"reuse": [], "refresh": []}
         for i in range(2 * (self.options.repeats + 1)):
             # The odd steps reuse what the even ones have refreshed; the first two warm up.
@@ -174,6 +177,11 @@ class _Video:
             if i >= 2:
                 timed[("reuse", "refresh")[i % 2]].append(one)
         return [first, *(_row(name + suffix, timed[name]) for name in ("refresh", "reuse"))]
+
+    def _keeps_both(self) -> bool:
+        """Returns whether a rank keeps clusters of two branches."""
+        alone = self.deployment.config.attention.share_branches == "no"
+        return self.deployment.guided and self.ranks.mesh.cfg == 1 and alone
 
     def _install(self, model: Any) -> tuple[Session, Replay]:
         """Puts semvid's attention with replayed densities into the transformer."""
@@ -217,8 +225,8 @@ class _Video:
         told = self.family.inputs(latents, timestep, condition, self.dtype)
         return told | self.family.drawn_prompt(model.config, like)
 
-    def _forward(self, model: Any, inputs: dict[str, Any], step: int) -> Tensor:
-        with model.cache_context(self.branch, step_index=step, num_inference_steps=STEPS):
+    def _forward(self, model: Any, inputs: dict[str, Any], step: int, branch: str | None = None) -> Tensor:
+        with model.cache_context(branch or self.branch, step_index=step, num_inference_steps=STEPS):
             out: Tensor = model(**inputs, return_dict=False)[0]
         return out
 

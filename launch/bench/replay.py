@@ -11,7 +11,7 @@ from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import BlockMap
 from semvid.launch.bench.options import LEAST_DENSITY
 from semvid.launch.bench.workload import TRACES, draw_block_map, scaled_to_mean
-from semvid.parallel.maps import own_heads
+from semvid.parallel.maps import own_heads, pack_bits
 from semvid.parallel.ranks import Ranks
 from semvid.runtime.published import Published
 
@@ -86,8 +86,11 @@ class Replay:
     def _map(self, q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, *rule: Any, **more: Any) -> BlockMap:
         self.real.top_p_map(q_centroids, k_centroids, k_sizes, *rule, **more)
         if self.layer not in self.drawn:
-            self.drawn[self.layer] = self._draw(q_centroids, k_sizes)
-        return BlockMap(self.drawn[self.layer] & (k_sizes > 0)[:, None])
+            # In bits: what a benchmark keeps is not to be seen in a model's peak memory.
+            self.drawn[self.layer] = pack_bits(self._draw(q_centroids, k_sizes))
+        bits = self.drawn[self.layer]
+        heads = torch.arange(bits.shape[0], device=bits.device)
+        return BlockMap(self.real.unpack_map(bits, heads, k_sizes.shape[1]) & (k_sizes > 0)[:, None])
 
     def _draw(self, q_centroids: Tensor, k_sizes: Tensor) -> Tensor:
         """Returns a map of the heads whose maps this rank makes, with the layer's densities."""

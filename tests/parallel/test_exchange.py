@@ -23,7 +23,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.windows import open_windows
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.refresh import plans_of
+from semvid.runtime.refresh import made_ready, plans_of
 from semvid.runtime.schedule import Refresh, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import dense_attention, sparse_attention
@@ -250,7 +250,7 @@ def _tails(rank: int, world: int) -> None:
     alone = session(Ranks(), N, 0.5, "reference", torch.device("cpu"))
     ops = alone.ops
     run(alone, q, k, v)
-    memory = alone.cache.get(0, "cond")
+    memory = made_ready(q, k, v, alone, alone.cache.get(0, "cond"))
     by_query, by_key = memory.queries.permutation.order, memory.keys.permutation.order
     grouped = [ops.gather_rows(x, order) for x, order in ((q, by_query), (k, by_key), (v, by_key))]
     out, _ = ops.attention(*grouped, plans_of(memory, alone)[0], tail=_tail(memory, H, D))

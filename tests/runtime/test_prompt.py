@@ -13,7 +13,7 @@ from semvid.parallel.exchange import Counts
 from semvid.parallel.shard import Shard
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import plans_of
+from semvid.runtime.refresh import made_ready, plans_of
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
 
@@ -79,7 +79,7 @@ def qkv(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def expected(x: tuple[Tensor, Tensor, Tensor], session: Session) -> Tensor:
     """Attention over the selected tokens and the means of the other clusters of keys."""
-    memory, (q, k, v) = session.cache.get(1, "cond"), x
+    memory, (q, k, v) = made_ready(*x, session, session.cache.get(1, "cond")), x
     ones = torch.nn.functional.one_hot(memory.keys.labels.long(), 9).float()
     k_mean, v_mean = (ones.mT @ y[:, :VIDEO] / ones.sum(1)[..., None] for y in (k, v))
     of_rows = memory.queries.labels.long()[..., None].expand(-1, -1, 9)
@@ -97,7 +97,7 @@ def test_stand_ins_of_a_joint_sequence_are_of_its_video_tokens(tail: str) -> Non
     x, y = qkv(0), qkv(1)
     found = sparse_attention(*x, session, 1, decision(session, 1))
     torch.testing.assert_close(found, expected(x, session), rtol=1e-4, atol=1e-5)
-    memory = session.cache.get(1, "cond")
+    memory = made_ready(*x, session, session.cache.get(1, "cond"))
     selected = plans_of(memory, session)[0].block_map.selected
     assert 0 < selected[:, :4, :9].float().mean() < 0.9
     # Pairs, counted one by one: a stand-in is as much as a token.

@@ -8,8 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from semvid.kernels.dispatch import select
 from semvid.kernels.layout import Tail
 from semvid.parallel.kmeans import means_of
+from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.refresh import plans_of
+from semvid.runtime.refresh import made_ready, plans_of
 from semvid.runtime.schedule import Dense, Refresh, Refreshed, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
@@ -31,6 +32,13 @@ def qkv(N: int = 100, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def call(session: Session, x: tuple[Tensor, Tensor, Tensor], layer: int = 1) -> Tensor:
     return sparse_attention(*x, session, layer, decision(session, layer))
+
+
+def used(session: Session, x: tuple[Tensor, Tensor, Tensor]) -> Memory:
+    """What the last call went by, with all that is not kept."""
+    memory = session.cache.get(1, "cond")
+    assert memory is not None
+    return made_ready(*x, session, memory)
 
 
 @pytest.mark.parametrize("N", [9, 63, 100, 257])
@@ -125,8 +133,7 @@ def test_under_kept_labels_means_are_those_of_the_step() -> None:
     session.enter(Position(1, 10, "cond"))
     assert decision(session, 1) == Reuse()
     found = call(session, moved)
-    memory = session.cache.get(1, "cond")
-    assert memory is not None
+    memory = used(session, moved)
     keys, values = means_of(moved[1:], memory.keys, session.ops)
     tail = Tail(keys, values, memory.keys.sizes.float().log())
     order = [side.permutation.order for side in (memory.queries, memory.keys, memory.keys)]
@@ -143,11 +150,11 @@ def test_rows_get_what_the_anchor_of_their_cluster_lacks(tail: str) -> None:
         for one in (session, plain):
             one.enter(Position(step, 10, "cond"))
         found, sparse = call(session, x), call(plain, x)
-        clusters = session.cache.get(1, "cond").queries
+        clusters = used(session, x).queries
         (means,) = means_of([q], clusters, session.ops)
         # The means in the place of the queries, each in its cluster: what the sparse call makes of them.
         of_means = make(p=0.3, tail=tail, refresh_every=5)
-        first = plain.cache.get(1, "cond")
+        first = used(plain, x)
         order = of_means.ops.group(torch.arange(5, dtype=torch.int32).expand(3, 5).contiguous(), 5)
         runs = of_means.ops.plan(order.offsets, first.keys.permutation.offsets, plans_of(first, of_means)[0].block_map)
         grouped = [of_means.ops.gather_rows(y, first.keys.permutation.order) for y in (k, v)]
@@ -197,6 +204,25 @@ def test_a_density_that_no_weight_is_left_for_is_not_spent() -> None:
         call(session, qkv(600))
     assert asked.meter.read().sparse < 0.3
     assert asked.meter.read().sparse == pytest.approx(most.meter.read().sparse, rel=0.02)
+
+
+def test_orders_of_a_whole_sequence_are_not_kept_and_labels_are_short() -> None:
+    session, x = make(tail="first", anchors="yes", p=0.3), qkv(257)
+    call(session, x)
+    kept = session.cache.get(1, "cond")
+    assert kept is not None
+    assert not kept.ready
+    assert kept.anchored is None
+    assert [side.labels.dtype for side in (kept.queries, kept.keys)] == [torch.int16] * 2
+    assert [side.permutation.order.numel() for side in (kept.queries, kept.keys)] == [0, 0]
+    again = used(session, x)
+    for side, C in ((again.queries, 5), (again.keys, 9)):
+        expected = session.ops.group(side.labels, C)
+        assert torch.equal(side.permutation.order, expected.order)
+        assert torch.equal(side.permutation.offsets, expected.offsets)
+    # What lay beyond the 16 bits of a label would come back as another one.
+    wide = kept.queries._replace(labels=torch.tensor([[40_000]]).int(), centroids=torch.zeros(1, 40_001, 1))
+    assert kept._replace(queries=wide).short().queries.labels.tolist() == [[40_000]]
 
 
 def test_branches_that_share_go_by_the_same_map_and_their_own_means() -> None:
