@@ -1,6 +1,6 @@
 """What a transformer block does beside attention, as cases: residual, gate, norm and modulation, and linear layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from semvid.kernels import reference
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.fp8 import MULTIPLE
 from semvid.kernels.layout import Rows8
+from semvid.launch.bench.case import Case
 from semvid.launch.bench.checks import Check, worst
 from semvid.launch.bench.workload import Workload
 from semvid.runtime.blocks import FEED_FORWARD
@@ -57,42 +58,40 @@ def draw(work: Workload) -> Block:
     )
 
 
-class Parts(NamedTuple):
-    """One case's parts, as `semvid.launch.bench.cases.Case` has them."""
-
-    name: str
-    call: Callable[[], object]
-    check: Callable[[object], Check]
-    flops: int | None = None
-    moved: int | None = None
-    beside: str | None = None
-
-
-def ours(work: Workload, ops: Ops) -> Iterator[Parts]:
+def ours(work: Workload, ops: Ops) -> Iterator[Case]:
     """Yields our ops' cases."""
     b = draw(work)
     row = b.x.numel() * b.x.element_size()
-    yield Parts(
-        "add_norm", lambda: ops.add_norm(b.x, b.y, b.gate, b.gain, b.shift, EPS), lambda out: _check_norm(b, out),
-        moved=4 * row,
-    )  # fmt: skip
-    yield Parts(
-        "add_gated", lambda: ops.add_gated(b.x, b.y, b.gate), lambda out: _check_sum(b, out), moved=3 * row
-    )  # fmt: skip
+    yield Case(
+        name="add_norm",
+        call=lambda: ops.add_norm(b.x, b.y, b.gate, b.gain, b.shift, EPS),
+        check=lambda out: _check_norm(b, out),
+        moved_bytes=4 * row,
+    )
+    yield Case(
+        name="add_gated",
+        call=lambda: ops.add_gated(b.x, b.y, b.gate),
+        check=lambda out: _check_sum(b, out),
+        moved_bytes=3 * row,
+    )
     inner = b.inner.numel()
-    yield Parts(
-        "quantize_rows gelu", lambda: ops.quantize_rows(b.inner, gelu=True), lambda out: _check_rows(b, out),
-        moved=3 * inner,
-    )  # fmt: skip
+    yield Case(
+        name="quantize_rows gelu",
+        call=lambda: ops.quantize_rows(b.inner, gelu=True),
+        check=lambda out: _check_rows(b, out),
+        moved_bytes=3 * inner,
+    )
     if all(size % MULTIPLE == 0 for size in b.weight.shape):
         weight, rows = ops.quantize_rows(b.weight), ops.quantize_rows(b.inner, gelu=True)
-        yield Parts(
-            "linear8", lambda: ops.linear8(rows, weight, None, torch.bfloat16),
-            lambda out: _check_product(rows, weight, out), flops=2 * inner * len(b.weight),
-        )  # fmt: skip
+        yield Case(
+            name="linear8",
+            call=lambda: ops.linear8(rows, weight, None, torch.bfloat16),
+            check=lambda out: _check_product(rows, weight, out),
+            useful_flops=2 * inner * len(b.weight),
+        )
 
 
-def eager(work: Workload) -> Iterator[Parts]:
+def eager(work: Workload) -> Iterator[Case]:
     """Yields the lines of diffusers 0.42.1's WanTransformerBlock, and the layer in bf16 with its activation apart."""
     b = draw(work)
 
@@ -103,17 +102,22 @@ def eager(work: Workload) -> Iterator[Parts]:
         total = summed()
         return total, (layer_norm(total.float(), total.shape[-1:], eps=EPS) * b.gain + b.shift).type_as(total)
 
-    yield Parts("eager add_norm", normed, lambda out: _check_norm(b, out), beside="add_norm")
-    yield Parts("eager add_gated", summed, lambda out: _check_sum(b, out), beside="add_gated")
-    yield Parts(
-        "eager gelu", lambda: gelu(b.inner, approximate="tanh"), lambda out: _check_gelu(b, out),
+    yield Case(name="eager add_norm", call=normed, check=lambda out: _check_norm(b, out), beside="add_norm")
+    yield Case(name="eager add_gated", call=summed, check=lambda out: _check_sum(b, out), beside="add_gated")
+    yield Case(
+        name="eager gelu",
+        call=lambda: gelu(b.inner, approximate="tanh"),
+        check=lambda out: _check_gelu(b, out),
         beside="quantize_rows gelu",
-    )  # fmt: skip
+    )
     inner = gelu(b.inner, approximate="tanh")
-    yield Parts(
-        "linear in bf16", lambda: linear(inner, b.weight), lambda out: _check_linear(inner, b.weight, out),
-        flops=2 * b.inner.numel() * len(b.weight), beside="linear8",
-    )  # fmt: skip
+    yield Case(
+        name="linear in bf16",
+        call=lambda: linear(inner, b.weight),
+        check=lambda out: _check_linear(inner, b.weight, out),
+        useful_flops=2 * b.inner.numel() * len(b.weight),
+        beside="linear8",
+    )
 
 
 def _sampled(x: Tensor) -> Tensor:

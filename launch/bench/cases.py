@@ -2,8 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from semvid.kernels import reference
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import BlockMap, Clusters, Plan
 from semvid.launch.bench import block_cases, checks
-from semvid.launch.bench.block_cases import Parts
+from semvid.launch.bench.case import Case
 from semvid.launch.bench.checks import Check
 from semvid.launch.bench.workload import NORM_EPS, Projected, Workload, computed_pairs, padded_pairs, project
 from semvid.parallel.kmeans import refine
@@ -22,27 +20,6 @@ from semvid.runtime.cache import Memory
 from semvid.runtime.schedule import Decision, Refresh, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import sparse_attention
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One thing to check and to time."""
-
-    name: str
-    call: Callable[[], Any]
-    check: Callable[[Any], Check]
-    """Of what `call` returned."""
-    useful_flops: int | None = None
-    executed_flops: int | None = None
-    """With padding; None where it can't be counted."""
-    moved_bytes: int | None = None
-    """What must be read and written at least; None where memory is not what bounds it."""
-    beside: str | None = None
-    """Which of our ops a peer stands beside."""
-    dense: bool = False
-    """Whether it computes all pairs."""
-    part: Callable[[], Any] | None = None
-    """Of a whole call, what is timed alternately with it: what the rest costs is the difference."""
 
 
 class Cases:
@@ -64,7 +41,7 @@ class Cases:
         """Returns what makes each case, by its name, in the order of the call."""
         return {
             "norm_rotary": self.norm_rotary,
-            **{parts.name: partial(made, parts) for parts in block_cases.ours(self.work, self.ops)},
+            **{case.name: _maker(case) for case in block_cases.ours(self.work, self.ops)},
             "assign q": lambda: self.assign("q"),
             "assign k": lambda: self.assign("k"),
             "cluster_sums k": self.cluster_sums,
@@ -328,16 +305,8 @@ def turned(name: str, turn: Callable[[Tensor], Tensor], given: Projected, *, bes
     return Case(name=name, call=lambda: (turn(given.q), turn(given.k)), check=check, moved_bytes=moved, beside=beside)
 
 
-def made(parts: Parts) -> Case:
-    """Returns the case of its parts."""
-    return Case(
-        name=parts.name,
-        call=parts.call,
-        check=parts.check,
-        useful_flops=parts.flops,
-        moved_bytes=parts.moved,
-        beside=parts.beside,
-    )
+def _maker(case: Case) -> Callable[[], Case]:
+    return lambda: case
 
 
 def attention_tile(ops: Ops, q: Tensor) -> tuple[int, int, bool] | None:

@@ -18,7 +18,8 @@ from semvid.launch import env
 from semvid.launch.bench import options as settings
 from semvid.launch.bench import peers, timing, workload
 from semvid.launch.bench import report as tables
-from semvid.launch.bench.cases import Case, Cases
+from semvid.launch.bench.case import Case
+from semvid.launch.bench.cases import Cases
 from semvid.launch.bench.checks import poisoned_memory
 from semvid.launch.bench.options import Options, Shape
 from semvid.launch.bench.report import Row

@@ -14,7 +14,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from semvid.kernels import reference
 from semvid.launch.bench import block_cases, checks
-from semvid.launch.bench.cases import Case, Cases, made, turned
+from semvid.launch.bench.case import Case
+from semvid.launch.bench.cases import Cases, turned
 from semvid.launch.bench.checks import Check
 from semvid.launch.bench.options import PEERS
 from semvid.launch.bench.workload import NORM_EPS, project
@@ -228,6 +229,6 @@ _MAKERS: dict[str, Callable[[Cases], Iterator[Case]]] = {
     "flash-kmeans": _flash_kmeans,
     "torch-permute": _torch_permute,
     "torch-rotary": _torch_rotary,
-    "torch-block": lambda ours: (made(parts) for parts in block_cases.eager(ours.work)),
+    "torch-block": lambda ours: block_cases.eager(ours.work),
     "flex": _flex,
 }
