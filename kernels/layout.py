@@ -133,11 +133,31 @@ def check_index(name: str, index: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be int32 {list(shape)}, not {index.dtype} {list(index.shape)}")
 
 
-def check_budget(p: Tensor, bias: Tensor | None, H: int, Ck: int) -> None:
-    """Raises ValueError unless `p` is fp32 [H] and `bias`, if there is one, fp32 [H, Ck]."""
-    for name, x, shape in (("p", p, (H,)), ("bias", bias, (H, Ck))):
-        if x is not None and (x.dtype != torch.float32 or tuple(x.shape) != shape):
+def check_budget(p: float | Tensor, floor: float | Tensor, bias: Tensor | None, H: int, Ck: int) -> None:
+    """Raises ValueError unless `p` and `floor`, where they are tensors, are fp32 [H] and `bias` fp32 [H, Ck]."""
+    for name, x, shape in (("p", p, (H,)), ("floor", floor, (H,)), ("bias", bias, (H, Ck))):
+        if isinstance(x, Tensor) and (x.dtype != torch.float32 or tuple(x.shape) != shape):
             raise ValueError(f"{name} must be fp32 {list(shape)}, not {x.dtype} {list(x.shape)}")
+
+
+def least_clusters(floor: float | Tensor, H: int, Ck: int, device: torch.device) -> Tensor:
+    """Returns how many of Ck key clusters a floor keeps in each head, int32 [H]: its share of them, rounded up.
+
+    A number is taken as fp32, so that it keeps what a tensor of it keeps. Does not wait for the device.
+
+    Args:
+        floor: 0 .. 1; of each head if it is a tensor, fp32 [H].
+        H: heads.
+        Ck: key clusters of a head, less than 2^22.
+        device: of what is returned.
+    """
+    share = floor if isinstance(floor, Tensor) else torch.tensor(floor, dtype=torch.float32, device="cpu")
+    # fp32 is within 2^-25 of the share that is meant: what is over by no more than that is not rounded up, so that 0.1
+    # of 1000 keeps 100 clusters and not 101.
+    least = ((share.double() - 2.0**-24) * Ck).ceil().int()
+    if isinstance(floor, Tensor):
+        return least
+    return torch.full((H,), int(least), dtype=torch.int32, device=device)
 
 
 def check_plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> tuple[int, int, int]:

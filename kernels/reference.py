@@ -26,6 +26,7 @@ from semvid.kernels.layout import (
     check_rotary,
     check_rows,
     check_same,
+    least_clusters,
     result_like,
 )
 
@@ -165,7 +166,7 @@ def top_p_map(
     k_centroids: Tensor,
     k_sizes: Tensor,
     p: float | Tensor,
-    floor: float,
+    floor: float | Tensor,
     bias: Tensor | None = None,
 ) -> BlockMap:
     """Returns the key clusters each query cluster computes: the fewest whose estimated attention mass reaches p.
@@ -183,19 +184,20 @@ def top_p_map(
         q_centroids: fp32 [H, Cq, D].
         k_centroids: fp32 [H, Ck, D].
         k_sizes: int32 [H, Ck], tokens in each key cluster (over all ranks).
-        p: mass to reach, 0 < p <= 1; of each head if it is a tensor, fp32 [H].
-        floor: least share of key clusters kept, 0 <= floor <= 1.
+        p: mass to reach, 0 <= p <= 1; with 0 nothing is taken by mass, and the floor alone says how many are; of each
+            head if it is a tensor, fp32 [H].
+        floor: least share of key clusters kept, 0 <= floor <= 1; of each head if it is a tensor, fp32 [H].
         bias: fp32 [H, Ck], finite.
     """
     H, Cq, D = check_rows("q_centroids", q_centroids)
     Ck = k_centroids.shape[1]
     check_index("k_sizes", k_sizes, (H, Ck))
+    check_budget(p, floor, bias, H, Ck)
     occupied = (k_sizes > 0)[:, None, :].expand(H, Cq, Ck)
     if not isinstance(p, Tensor):
         if p >= 1.0:
             return BlockMap(occupied.contiguous())
         p = torch.full((H,), p, device=k_sizes.device)
-    check_budget(p, bias, H, Ck)
     log_n = k_sizes.float().log()[:, None, :]
     scores = q_centroids @ k_centroids.mT / math.sqrt(D)
     scores = scores + log_n if bias is None else torch.where(occupied, scores + bias[:, None, :], -math.inf)
@@ -203,8 +205,7 @@ def top_p_map(
     scores, ranked = scores.sort(dim=-1, descending=True, stable=True)
     mass = torch.softmax(scores if bias is None else scores + log_n.expand(H, Cq, Ck).gather(-1, ranked), dim=-1)
     before = mass.cumsum(-1) - mass
-    # Rounded first, so that 0.07 · 100, which is a little over 7 in fp64, keeps 7 clusters and not 8.
-    least = math.ceil(round(floor * Ck, 6))
+    least = least_clusters(floor, H, Ck, mass.device)[:, None, None]
     keep = (before < p[:, None, None]) | (p >= 1)[:, None, None] | (torch.arange(Ck, device=mass.device) < least)
     selected = torch.zeros_like(keep).scatter_(-1, ranked, keep)
     return BlockMap(selected & occupied)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semvid.kernels.kmeans import check_centroids
-from semvid.kernels.layout import BlockMap, check_budget, check_index, check_rows
+from semvid.kernels.layout import BlockMap, check_budget, check_index, check_rows, least_clusters
 
 # Key clusters of one query cluster are held in registers, 32 a thread; more than this would spill.
 MAX_KEY_CLUSTERS = 8192
@@ -21,7 +21,7 @@ def top_p_map(
     k_centroids: Tensor,
     k_sizes: Tensor,
     p: float | Tensor,
-    floor: float,
+    floor: float | Tensor,
     bias: Tensor | None = None,
 ) -> BlockMap:
     """Returns the key clusters each query cluster computes: the fewest whose estimated attention mass reaches p.
@@ -34,20 +34,20 @@ def top_p_map(
         q_centroids: fp32 [H, Cq, D]. D is a multiple of 16, at most 256.
         k_centroids: fp32 [H, Ck, D], Ck at most 8,192.
         k_sizes: int32 [H, Ck], tokens in each key cluster (over all ranks).
-        p: mass to reach, 0 < p <= 1; 1 takes every non-empty cluster by definition; of each head if it is a tensor,
-            fp32 [H].
-        floor: least share of key clusters kept, 0 <= floor <= 1.
+        p: mass to reach, 0 <= p <= 1; 1 takes every non-empty cluster by definition; with 0 nothing is taken by mass,
+            and the floor alone says how many are; of each head if it is a tensor, fp32 [H].
+        floor: least share of key clusters kept, 0 <= floor <= 1; of each head if it is a tensor, fp32 [H].
         bias: fp32 [H, Ck], finite.
     """
     H, Cq, D = check_rows("q_centroids", q_centroids)
     check_centroids("q_centroids", q_centroids, H, D)
     Ck = check_centroids("k_centroids", k_centroids, H, D)
     check_index("k_sizes", k_sizes, (H, Ck))
+    check_budget(p, floor, bias, H, Ck)
     if not isinstance(p, Tensor):
         if p >= 1.0:
             return BlockMap((k_sizes > 0)[:, None, :].expand(H, Cq, Ck).contiguous())
         p = torch.full((H,), p, dtype=torch.float32, device=k_sizes.device)
-    check_budget(p, bias, H, Ck)
     if Ck > MAX_KEY_CLUSTERS:
         raise ValueError(f"k_centroids holds {Ck} clusters a head; accepted: at most {MAX_KEY_CLUSTERS}")
     selected = torch.empty(H, Cq, Ck, dtype=torch.bool, device=q_centroids.device)
@@ -68,8 +68,6 @@ def top_p_map(
         num_warps=4,
         num_stages=3,
     )
-    # Rounded first, so that 0.1 · 1000 keeps 100 clusters and not 101.
-    least = math.ceil(round(floor * Ck, 6))
     block_k = max(32, triton.next_power_of_2(Ck))
     # One warp for 1024 clusters: its sums need no barrier.
     _select[(H * Cq,)](
@@ -77,9 +75,9 @@ def top_p_map(
         selected,
         p.contiguous(),
         None if bias is None else k_sizes.contiguous(),
+        least_clusters(floor, H, Ck, q_centroids.device),
         Cq,
         Ck,
-        least,
         BLOCK_K=block_k,
         EMPTY=EMPTY_KEY,
         num_warps=max(1, block_k // 1024),
@@ -151,14 +149,15 @@ def _cluster_scores(
 
 @triton.jit
 def _select(
-    scores_ptr, selected_ptr, p_ptr, sizes_ptr, Cq, Ck, least, BLOCK_K: tl.constexpr, EMPTY: tl.constexpr
+    scores_ptr, selected_ptr, p_ptr, sizes_ptr, least_ptr, Cq, Ck, BLOCK_K: tl.constexpr, EMPTY: tl.constexpr
 ):  # fmt: skip
-    """One row: cluster j is taken if the mass ranked before it is < p of all, or if fewer than `least` are.
+    """One row: cluster j is taken if the mass ranked before it is < p of all, or if fewer than its head's least are.
 
     With `sizes_ptr` the scores are those of one key, and a cluster weighs as many.
     """
     row = tl.program_id(0).to(tl.int64)
     p = tl.load(p_ptr + row // Cq)
+    least = tl.load(least_ptr + row // Cq)
     j = tl.arange(0, BLOCK_K)
     score = tl.load(scores_ptr + row * Ck + j, mask=j < Ck, other=float("-inf"))
     # Weights in 0 .. 1, not divided by their sum: the goal is multiplied by it instead. NaN if all are empty; then

@@ -35,7 +35,8 @@ def gather_map(
     """Returns the map of all heads. Every rank of the sequence must enter; two all-gathers, no host synchronisation.
 
     Rank i makes the maps of heads i · s .. (i + 1) · s, s = ⌈H / P⌉; every rank then reads the same bits, so that no
-    plan hangs on a float that two ranks computed for themselves. A rule with a density adds ten small all-gathers.
+    plan hangs on a float that two ranks computed for themselves. A rule with a density adds ten small all-gathers,
+    with a tail thirteen.
 
     Args:
         queries: global centroids and sizes, local order.

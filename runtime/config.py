@@ -89,13 +89,17 @@ class AttentionConfig:
     backend: Literal["auto", "hopper", "triton", "reference"] = "auto"
     """Which kernels; "auto" takes the fastest that run on the device."""
     p: float = 0.9
-    """Share of the estimated attention mass that a query cluster's selected key clusters reach, 0 < p <= 1."""
+    """Share of the estimated attention mass that a query cluster's selected key clusters reach, 0 < p <= 1. With a
+    density it is found, or, with a tail, nothing is selected by it."""
     floor: float = 0.1
-    """Least share of key clusters selected, 0 .. 1."""
+    """Least share of key clusters selected, 0 .. 1. With a density and a tail it is found."""
     density: float | None = None
-    """The share of token pairs that each sparse call computes, stand-ins counted; p is found for it, layer by layer."""
+    """The share of token pairs that each sparse call computes, stand-ins and anchors counted, 0 < density <= 1. With a
+    tail a floor is found for it, layer by layer, and nothing is selected by p; without one p is. With 1 the result is
+    dense exactly."""
     head_floor: float = 0.0
-    """Least share of token pairs that each head computes, 0 .. 1: p of a head is raised to it."""
+    """Least share of token pairs that each head computes, stand-ins counted, 0 .. 1: with a tail the floor of a head is
+    raised to it, without one its p."""
     selection: Literal["mass", "error"] = "mass"
     """"mass": the clusters with the most attention mass first. "error": those first whose stand-in would err most for
     each key it saves; needs the tail."""
@@ -328,13 +332,23 @@ def _check_reuse(attention: AttentionConfig) -> None:
     _require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
 
 
+def selects_all(attention: AttentionConfig) -> bool:
+    """Returns whether every key cluster is selected, by p = 1 or a density of 1: the result is dense exactly."""
+    return (attention.p if attention.density is None else attention.density) >= 1
+
+
+def has_tail(attention: AttentionConfig) -> bool:
+    """Returns whether stand-ins are computed: where every cluster is selected nothing is left for them."""
+    return attention.tail != "none" and not selects_all(attention)
+
+
 def has_anchors(attention: AttentionConfig, *, joint: bool) -> bool:
     """Returns whether anchors are computed, in a `joint` sequence (video and text) or in one of video alone.
 
-    With p = 1 they lack nothing, and the result is dense exactly.
+    Where every cluster is selected they lack nothing.
     """
     asked = attention.anchors == "yes" or (attention.anchors == "auto" and not joint)
-    return asked and (attention.p < 1 or attention.density is not None)
+    return asked and not selects_all(attention)
 
 
 def check_tokens(attention: AttentionConfig, tokens: int, *, joint: bool = False) -> None:
@@ -346,7 +360,7 @@ def check_tokens(attention: AttentionConfig, tokens: int, *, joint: bool = False
         joint: whether text is in the sequence too.
     """
     queries, keys = cluster_counts(attention, tokens)
-    parts = {f"the stand-ins of {keys} key clusters": keys} if attention.tail != "none" else {}
+    parts = {f"the stand-ins of {keys} key clusters": keys} if has_tail(attention) else {}
     if has_anchors(attention, joint=joint):
         # Each is one row of all keys, and one of the least that a row can have.
         parts[f"the anchors of {queries} query clusters"] = round(queries * (1 + sum(parts.values()) / tokens))

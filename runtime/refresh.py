@@ -20,7 +20,7 @@ from semvid.parallel.seeding import random_tokens, spread_tokens
 from semvid.parallel.shard import Shard
 from semvid.parallel.tail import Weights, squares, weigh
 from semvid.runtime.cache import AnyExchange, Changed, Memory
-from semvid.runtime.config import AttentionConfig, cluster_counts, has_anchors
+from semvid.runtime.config import check_tokens, cluster_counts, has_anchors, has_tail
 from semvid.runtime.prompt import Prompt
 from semvid.runtime.schedule import Refresh, next_interval
 from semvid.runtime.session import Session
@@ -48,16 +48,22 @@ def refresh(
         session: says where in the job this is; the refresh before is in its cache.
         layer: index of the transformer block.
         todo: from `decide`.
+
+    Raises:
+        ValueError: the sequence can't have the clusters or the density that the configuration asks for.
     """
+    video_q, video_k, video_v = (x[:, : x.shape[1] - session.prompt_rows] for x in (q, k, v))
+    tokens = _num_tokens(video_q, session)
+    # Of a pipeline that is sparsified alone nobody knew before; every rank of both branches refuses alike.
+    check_tokens(session.config, tokens, joint=session.prompt is not None)
     before = session.cache.get(layer, session.owner())
     interval = 0 if before is None else next_interval(session.config, before.refreshed())
-    video_q, video_k, video_v = (x[:, : x.shape[1] - session.prompt_rows] for x in (q, k, v))
     if session.shared and session.ranks.place.cfg > 0:
         return _received(video_q, session, before)._replace(step=session.here().step, interval=interval), None
     starts = _starts(video_q, video_k, session, layer, todo)
     found, weights, means = _cluster(video_q, video_k, video_v, session, starts, todo, before)
     queries, keys = found.clusters
-    rule, bias = _rule(session, _num_tokens(q, session)), None
+    rule, bias = _rule(session, tokens), None
     if weights is not None and session.config.selection == "error":
         bias = weights.bias
     memory = _place(q, k, v, session, queries, keys, rule, bias, before)._replace(
@@ -119,11 +125,6 @@ def recut(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> 
     return memory._replace(**made | {"counts": None})
 
 
-def has_tail(config: AttentionConfig) -> bool:
-    """Returns whether stand-ins are computed: with p = 1 nothing is left for them, and the result is dense exactly."""
-    return config.tail != "none" and (config.p < 1 or config.density is not None)
-
-
 def _is_anchored(session: Session) -> bool:
     """Returns whether the current forward pass has anchors."""
     return has_anchors(session.config, joint=session.prompt is not None)
@@ -141,7 +142,8 @@ def _rule(session: Session, tokens: int) -> Rule:
         # They take their part of it: C rows of all keys and C of this density.
         share = cluster_counts(config, tokens)[0] / tokens
         density = (density - share) / (1 + share)
-    return Rule(config.p, config.floor, density, min(config.head_floor, density or 1.0), has_tail(config))
+    head_floor = config.head_floor if density is None else min(config.head_floor, density)
+    return Rule(config.p, config.floor, density, head_floor, has_tail(config))
 
 
 def _cluster(

@@ -1,13 +1,14 @@
 """The block map and its density against the reference; differences are allowed only where a rounded sum decides."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
 from semvid.kernels import kmeans, permute, reference, top_p
-from semvid.kernels.layout import BlockMap
+from semvid.kernels.layout import BlockMap, least_clusters
 
 
 def make_inputs(H: int, Cq: int, Ck: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +115,48 @@ def test_each_head_may_have_its_own_p(device: torch.device) -> None:
                 assert torch.equal(found[h : h + 1], alone.selected)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("Ck", [1, 63, 100, 257])
+def test_each_head_may_have_its_own_floor(Ck: int, biased: bool, p: float, device: torch.device) -> None:
+    q, k, sizes = make_inputs(5, 5, Ck, 64, device)
+    bias = torch.randn(5, Ck, device=device) if biased else None
+    floors = [0.0, 1e-4, 0.07, 0.5, 1.0]
+    of_heads = torch.tensor(floors, device=device)
+    expected = reference.top_p_map(q, k, sizes, p, of_heads, bias).selected
+    assert torch.equal(top_p.top_p_map(q, k, sizes, p, of_heads, bias).selected, expected)
+    for op in (top_p.top_p_map, reference.top_p_map):
+        for h, floor in enumerate(floors):
+            one = slice(h, h + 1)
+            alone = op(q[one], k[one], sizes[one], p, floor, bias if bias is None else bias[one])
+            assert torch.equal(expected[one], alone.selected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("p", [0.0, torch.zeros(3)])
+def test_with_p_zero_the_floor_alone_selects(p: float | Tensor, biased: bool, device: torch.device) -> None:
+    q, k, sizes = make_inputs(3, 5, 100, 64, device)
+    p = p.to(device) if isinstance(p, Tensor) else p
+    sizes[2] = 0
+    sizes[2, 40:44] = 7
+    bias = torch.randn(3, 100, device=device) if biased else None
+    for op in (top_p.top_p_map, reference.top_p_map):
+        for floor, least in ((0.0, 0), (0.07, 7), (0.0701, 8), (1.0, 100)):
+            counts = op(q, k, sizes, p, floor, bias).selected.sum(-1)
+            assert torch.equal(counts, (sizes > 0).sum(-1).clamp(max=least)[:, None].expand(3, 5))
+
+
+@pytest.mark.parametrize("Ck", [1, 7, 100, 222, 1000, 4097, 8192])
+def test_a_floor_keeps_the_same_count_as_a_number_and_as_a_tensor(Ck: int, device: torch.device) -> None:
+    shares = [Fraction(k, Ck) for k in range(0, Ck + 1, max(1, Ck // 50))]
+    shares += [Fraction(k, 1000) for k in range(0, 1001, 7)]
+    counts = [math.ceil(share * Ck) for share in shares]
+    floors = [float(share) for share in shares]
+    as_tensor = least_clusters(torch.tensor(floors, device=device), len(floors), Ck, device)
+    assert as_tensor.tolist() == counts
+    assert [least_clusters(floor, 1, Ck, device).item() for floor in floors] == counts
+
+
 def test_equal_weights_of_unequal_sizes_are_taken_by_index(device: torch.device) -> None:
     q, k = torch.zeros(1, 2, 16, device=device), torch.randn(1, 4, 16, device=device)
     sizes = torch.tensor([[5, 1, 1, 3]], dtype=torch.int32, device=device)
@@ -127,6 +170,9 @@ def test_budgets_of_other_shapes_are_refused(device: torch.device) -> None:
     for op in (top_p.top_p_map, reference.top_p_map):
         with pytest.raises(ValueError, match=r"p must be fp32 \[2\], not torch.float32 \[3\]"):
             op(q, k, sizes, torch.ones(3, device=device) / 2, 0.1)
+        for floor in (torch.ones(3, device=device), torch.ones(2, device=device).double()):
+            with pytest.raises(ValueError, match=r"floor must be fp32 \[2\], not torch.float"):
+                op(q, k, sizes, 0.5, floor)
         with pytest.raises(ValueError, match=r"bias must be fp32 \[2, 10\], not torch.float64"):
             op(q, k, sizes, 0.5, 0.1, torch.ones(2, 10, device=device).double())
 
@@ -212,6 +258,7 @@ def test_map_at_real_size(H: int, Cq: int, Ck: int, p: float, floor: float, devi
 def test_the_map_never_waits_for_the_host(device: torch.device) -> None:
     q, k = torch.randn(4, 30, 128, device=device), torch.randn(4, 100, 128, device=device)
     sizes = torch.ones(4, 100, dtype=torch.int32, device=device)
+    top_p.top_p_map(q, k, sizes, 0.0, torch.rand(4, device=device))
     found = top_p.top_p_map(q, k, sizes, 0.9, 0.1)
     top_p.density(found, torch.ones(4, 30, dtype=torch.int32, device=device), sizes)
 

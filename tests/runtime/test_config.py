@@ -147,6 +147,8 @@ def test_a_density_below_what_stand_ins_cost_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention.density is 0.1; accepted: more than 0.1000: so much do the stand"):
         check_tokens(attention, 200)
     check_tokens(AttentionConfig(density=0.1, key_clusters=20), 200)
+    # Nothing is left for them.
+    check_tokens(AttentionConfig(tail="first", density=1.0, key_clusters=200), 200)
     # 20 stand-ins a row; 10 rows of 200 keys and 10 of 20 stand-ins.
     both = AttentionConfig(tail="first", anchors="yes", density=0.155, key_clusters=20, query_clusters=10)
     with pytest.raises(ValueError, match=r"0.1550: so much do the stand-ins of 20 .* and the anchors of 10 query clus"):
@@ -168,6 +170,7 @@ def test_auto_has_anchors_where_the_sequence_is_video_alone(asked: Any, alone: b
     everything = dataclasses.replace(attention, p=1.0)
     assert not has_anchors(everything, joint=False)
     assert has_anchors(dataclasses.replace(everything, density=0.5), joint=False) == alone
+    assert not has_anchors(dataclasses.replace(attention, density=1.0), joint=False)
 
 
 def test_a_preset_may_say_where_it_was_measured(tmp_path: Path) -> None:

@@ -182,9 +182,11 @@ def test_with_a_cluster_a_query_anchors_bring_all_and_cost_as_much() -> None:
     assert session.meter.read().sparse == pytest.approx(2 * plain.meter.read().sparse + 1)
 
 
-def test_with_p_one_anchors_are_left_out() -> None:
+@pytest.mark.parametrize("everything", [{"p": 1.0}, {"density": 1.0}])
+@pytest.mark.parametrize("tail", ["none", "second"])
+def test_where_everything_is_selected_anchors_and_tail_are_left_out(everything: dict[str, float], tail: str) -> None:
     x = qkv()
-    session = make(p=1.0, anchors="yes")
+    session = make(**everything, anchors="yes", tail=tail)
     torch.testing.assert_close(call(session, x), exact(x), rtol=1e-5, atol=1e-5)
     assert session.meter.read().sparse == 1.0
 
@@ -195,6 +197,11 @@ def test_the_density_of_the_job_is_met_layer_by_layer(anchors: str) -> None:
         session = make(density=0.4, tail=tail, query_clusters=20, key_clusters=40, anchors=anchors)
         call(session, tuple(part / 3 for part in qkv(600)))
         assert session.meter.read().sparse == pytest.approx(0.4, rel=0.1)
+
+
+def test_a_density_below_what_stand_ins_cost_is_refused_at_the_first_call() -> None:
+    with pytest.raises(ValueError, match=r"attention.density is 0.06; accepted: more than 0.0667: so much do"):
+        call(make(density=0.06, tail="second", query_clusters=20, key_clusters=40), qkv(600))
 
 
 def test_a_density_that_no_weight_is_left_for_is_not_spent() -> None:
