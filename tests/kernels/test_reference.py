@@ -12,6 +12,7 @@ from torch import Tensor
 
 from semvid.kernels import reference
 from semvid.kernels.layout import BlockMap, Plan, Tail
+from semvid.kernels.reference import softmax
 
 # Unit roundoff of fp32: a dot product of D terms is within (D + 1)·u·Σ|x_d·y_d| of the exact one.
 U = 2.0**-24
@@ -131,7 +132,7 @@ def assert_near(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e
 def hold_at_once(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
     """Makes the reference go in chunks of this many pairs."""
     for name in ("CPU_PAIRS_AT_ONCE", "GPU_PAIRS_AT_ONCE"):
-        monkeypatch.setattr(reference, name, pairs)
+        monkeypatch.setattr(softmax, name, pairs)
 
 
 def runs_of(labels: list[int], C: int) -> list[list[int]]:
