@@ -219,4 +219,5 @@ def test_a_gpu_counts_the_blocks_that_it_has_finished() -> None:
         until = time.monotonic() + 10
         while pulse.counts[1] < 5 and time.monotonic() < until:
             time.sleep(0.05)
-        assert pulse.counts[:2] == [5, 5]
+        # The VAE's are what one rank does for all.
+        assert pulse.counts == [0, 5, 5, 0]
