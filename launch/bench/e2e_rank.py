@@ -107,7 +107,8 @@ class _Video:
     def _state(self, session: Session, replay: Replay) -> dict[str, Any]:
         """Returns what the sparse passes have left in the session."""
         memories = session.cache.memories
-        densities = [round(float(memories[place].density.mean()), 4) for place in sorted(memories)]
+        own = sorted(place for place in memories if place[1] == self.branch)
+        densities = [round(float(memories[place].density.mean()), 4) for place in own]
         sizes = torch.cat([x.keys.sizes.flatten() for x in memories.values()]).double().cpu()
         return {
             "backend": session.ops.name,
