@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime import config as configs
-from semvid.runtime import folder, published
-from semvid.runtime.config import Config
+from semvid.runtime import folder, published, settings
+from semvid.runtime.config import Config, check_tokens
 from semvid.runtime.published import Published
 from semvid.runtime.schedule import Dense, Refresh, Reuse, plan
 
@@ -58,18 +57,18 @@ def read(
     Raises:
         ValueError: it can't be read, has no [deployment] with a known model, or asks for a size that does not fit.
     """
-    table = configs.read_toml(configs.config_file(path), "--config")
+    table = settings.read_toml(settings.config_file(path), "--config")
     said = table.get("deployment")
     if not isinstance(said, dict) or set(said) - set(KEYS) or "model" not in said:
-        accepted = f"a [deployment] with model and gpus, as {', '.join(configs.deployments())} have it"
+        accepted = f"a [deployment] with model and gpus, as {', '.join(settings.deployments())} have it"
         raise ValueError(f"--config is {str(path)!r}, whose [deployment] is {said!r}; accepted: {accepted}")
     for key, value in said.items():
         if type(value) is not KEYS[key]:
             raise ValueError(f"deployment.{key} is {value!r}; accepted: {ACCEPTED[KEYS[key]]}")
     model = published.read(said["model"], "deployment.model")
     # Nothing is generated: any prompt and picture serve.
-    config = configs.resolve(table, {"video": {"prompt": "a deployment", **(video or {})}}, preset=preset)
-    name = str(path) if str(path) in configs.deployments() else path.stem
+    config = settings.resolve(table, {"video": {"prompt": "a deployment", **(video or {})}}, preset=preset)
+    name = str(path) if str(path) in settings.deployments() else path.stem
     return made(name, model, config, said.get("gpus", 1) if gpus is None else gpus)
 
 
@@ -84,7 +83,7 @@ def made(name: str, model: Published, config: Config, gpus: int) -> Deployment:
         raise ValueError(f"--gpus is {gpus}; accepted: 1 or more")
     folder.check_size(config.video, model.geometry)
     folder.check_anchors(config.attention, model.family)
-    configs.check_tokens(config.attention, model.geometry.tokens(config.video), joint=model.family.joint)
+    check_tokens(config.attention, model.geometry.tokens(config.video), joint=model.family.joint)
     return Deployment(name=name, model=model, config=config, gpus=gpus)
 
 

@@ -13,9 +13,8 @@ from semvid.launch import deployment as deployments
 from semvid.launch.deployment import Deployment, step_kinds
 from semvid.parallel import mesh as meshes
 from semvid.parallel.mesh import Mesh
-from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
-from semvid.runtime import memory, published, speed
+from semvid.runtime import memory, published, settings, speed
 from semvid.runtime.config import Config, Linear
 from semvid.runtime.memory import Need
 
@@ -36,7 +35,7 @@ def add_estimate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.set_defaults(run=_estimate, parser=parser)
     add = parser.add_argument
-    names = ", ".join(configs.deployments())
+    names = ", ".join(settings.deployments())
     add("--config", metavar="NAME|FILE", type=Path, help=f"a deployment: {names}; or a TOML file with [deployment]")
     text = f"a checkpoint folder, or a published model: {', '.join(published.names())} (default: the deployment's)"
     add("--model", metavar="DIR|NAME", help=text)
@@ -232,14 +231,14 @@ def _deployment(args: argparse.Namespace) -> Deployment:
     names = ("height", "width", "frames", "steps", "guidance")
     video = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config is None and args.model is None:
-        accepted = f"--config NAME ({', '.join(configs.deployments())}) or --model DIR"
+        accepted = f"--config NAME ({', '.join(settings.deployments())}) or --model DIR"
         raise ValueError(f"nothing to estimate; accepted: {accepted}")
     if args.config is not None and args.model is None:
         return deployments.read(args.config, args.preset, video=video, gpus=args.gpus)
     known = args.model in published.names()
     model = published.read(args.model) if known else published.of_folder(folders.locate(args.model))
-    file = {} if args.config is None else configs.read_toml(configs.config_file(args.config), "--config")
-    config: Config = configs.resolve(file, {"video": {"prompt": "an estimate", **video}}, preset=args.preset)
+    file = {} if args.config is None else settings.read_toml(settings.config_file(args.config), "--config")
+    config: Config = settings.resolve(file, {"video": {"prompt": "an estimate", **video}}, preset=args.preset)
     return deployments.made(args.model, model, config, 1 if args.gpus is None else args.gpus)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from semvid.launch import launchers
-from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
 from semvid.runtime import job as jobs
+from semvid.runtime import settings
 from semvid.runtime.config import AttentionConfig, Config, JobConfig, ModelConfig
 
 JSON_HELP = "print one JSON object on stdout; the summary goes to stderr"
@@ -21,7 +21,7 @@ VIDEO_OPTIONS = (
 
 def presets_text() -> str:
     """Returns what names a preset, for --help."""
-    return f"{', '.join(configs.presets())}, or a TOML file with [attention]"
+    return f"{', '.join(settings.presets())}, or a TOML file with [attention]"
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="a TOML file: preset, [model], [video], [attention], [job]; a job.toml; or a deployment: "
-        + ", ".join(configs.deployments()),
+        + ", ".join(settings.deployments()),
     )
     add("--seed", type=int, help="of the noise and the first centroids (default: 0)")
     add("--steps", type=int, help=f"denoising steps ({text})")
@@ -79,7 +79,7 @@ def choices(cls: type, field: str) -> tuple[str, ...]:
 
 def config_of(args: argparse.Namespace, preset: str | None, preset_option: str = "--preset") -> Config:
     """Returns the checked configuration of a command line; loads no model."""
-    file = configs.read_toml(configs.config_file(args.config), "--config") if args.config else {}
+    file = settings.read_toml(settings.config_file(args.config), "--config") if args.config else {}
     video = {name: getattr(args, name) for name in VIDEO_OPTIONS if getattr(args, name) is not None}
     named = {"path": args.model, "device": args.device, "dtype": args.dtype, "linear": args.linear}
     model = {name: value for name, value in named.items() if value is not None}
@@ -94,7 +94,7 @@ def config_of(args: argparse.Namespace, preset: str | None, preset_option: str =
     if getattr(args, "share_weights", None):
         job["share_weights"] = True
     options = {"video": video, "model": model, "attention": attention, "job": job}
-    config = configs.resolve(
+    config = settings.resolve(
         file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
     )
     if config.video.image is not None:

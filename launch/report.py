@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
-from semvid.runtime.config import measured
 from semvid.runtime.job import Job
+from semvid.runtime.settings import measured
 
 if TYPE_CHECKING:
     from semvid.runtime.generate import Progress, Result

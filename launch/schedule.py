@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime import config as configs
 from semvid.runtime import folder as folders
+from semvid.runtime import settings
 from semvid.runtime.config import Config
 from semvid.runtime.schedule import Decision, Dense, Refresh, plan
 
@@ -34,7 +34,7 @@ def add_schedule(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_schedule, parser=parser)
     add = parser.add_argument
     add("--config", metavar="FILE", type=Path, help="a TOML file: preset, [model], [video], [attention]; or a job.toml")
-    presets = f"{', '.join(configs.presets())}, or a TOML file with [attention]"
+    presets = f"{', '.join(settings.presets())}, or a TOML file with [attention]"
     add("--preset", metavar="NAME", help=f"{presets} (default: that of --config, else {Config().preset})")
     add("--model", metavar="DIR", help="says how many layers (default: that of --config, else demo)")
     add("--steps", type=int, help="denoising steps (default: those of --config, else the checkpoint's)")
@@ -107,7 +107,7 @@ def _cell(name: str, *, coloured: bool) -> str:
 
 
 def _schedule(args: argparse.Namespace) -> int:
-    file = configs.read_toml(args.config, "--config") if args.config else {}
+    file = settings.read_toml(args.config, "--config") if args.config else {}
     table = file.get("model", {})
     path = args.model or (table.get("path") if isinstance(table, dict) else None) or "demo"
     where = folders.locate(str(path))
@@ -116,7 +116,7 @@ def _schedule(args: argparse.Namespace) -> int:
         raise ValueError(f"--drift is {args.drift}; accepted: 0 .. 1")
     # A plan hangs on no prompt.
     video = {"prompt": "-"} | ({} if args.steps is None else {"steps": args.steps})
-    config = configs.resolve(file, {"video": video}, checkpoint=folders.defaults(where), preset=args.preset)
+    config = settings.resolve(file, {"video": video}, checkpoint=folders.defaults(where), preset=args.preset)
     decisions = plan(config.attention, config.video.steps, geometry.layers, args.drift)
     policy = f"attention.refresh {config.attention.refresh}"
     title = f"{config.preset}: {config.video.steps} steps, {geometry.layers} layers, {policy}"

@@ -1,28 +1,8 @@
-"""What a job is told: frozen dataclasses, TOML in and out, and errors that name the option. Needs no torch.
+"""What a job is told: frozen dataclasses, and errors that name the option. Needs no torch."""
 
-A configuration is resolved from layers, each over the one before: the defaults here, `semvid.toml` in the
-checkpoint folder, the preset, a configuration file, the command line.
-"""
-
-import dataclasses
-import difflib
 import math
-import tomllib
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import tomli_w
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DEMO_MODEL = CONFIGS / "demo-model"
-DEPLOYMENTS = CONFIGS / "deployments"
-
-T = TypeVar("T")
-Layer = Mapping[str, Any]
-
+from typing import Any, Literal
 
 Linear = Literal["same", "fp8"]
 
@@ -173,163 +153,59 @@ class Config:
     job: JobConfig = field(default_factory=JobConfig)
 
 
-def presets() -> list[str]:
-    """Returns the names of the presets that semvid carries."""
-    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
-
-
-def deployments() -> list[str]:
-    """Returns the names of the deployments that semvid carries: a published model, a video's size, a number of GPUs."""
-    return sorted(path.stem for path in DEPLOYMENTS.glob("*.toml"))
-
-
-def config_file(path: Path) -> Path:
-    """Returns the file of --config: that of a deployment where `path` is its name, else `path`."""
-    return DEPLOYMENTS / f"{path}.toml" if str(path) in deployments() else path
-
-
-def read_toml(path: Path, option: str) -> dict[str, Any]:
-    """Returns a TOML file's content.
-
-    Raises:
-        ValueError: it can't be read or is no TOML; the message names `option`.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} is {str(path)!r}, which can't be read: {_reason(error)}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{option} is {str(path)!r}, which is no valid TOML: {error}") from None
-
-
-def read_preset(name: str, option: str = "--preset") -> dict[str, Any]:
-    """Returns the [attention] table of a preset: a name of `presets`, or the path of a TOML file.
-
-    Raises:
-        ValueError: no such preset or file, or the file holds something other than [attention].
-    """
-    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
-    if not name.endswith(".toml") and name not in presets():
-        known = presets()
-        raise ValueError(f"{option} is {name!r}; accepted: {', '.join(known)}, or a .toml file{_near(name, known)}")
-    layer = read_toml(path, option)
-    stray = sorted(set(layer) - {"attention", "measured"})
-    if stray:
-        raise ValueError(f"{option} is {name!r}, a file with {stray[0]!r}; a preset holds [attention] and measured")
-    return dict(layer.get("attention", {}))
-
-
-def measured(name: str) -> str | None:
-    """Returns what a preset's file says on where its values were measured, None if it says nothing or is gone."""
-    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("measured")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def resolve(
-    file: Layer | None,
-    options: Layer,
-    *,
-    checkpoint: Layer | None = None,
-    preset: str | None = None,
-    preset_option: str = "--preset",
-) -> Config:
-    """Returns the configuration of a job from its layers.
-
-    Args:
-        file: the content of a configuration file; may name its preset.
-        options: given on the command line, as {"video": {"frames": 33}, …}.
-        checkpoint: the content of the checkpoint's `semvid.toml`, its own defaults; may name a preset.
-        preset: given on the command line; it replaces the file's preset and its [attention].
-        preset_option: what an error calls it.
-
-    Raises:
-        ValueError: an unknown key, a wrong type or a value outside what is accepted; the message names the option.
-    """
-    file = dict(file or {})
-    # What a deployment says of itself is for `semvid estimate` and `semvid bench`.
-    file.pop("deployment", None)
-    for table in ("model", "video", "attention", "job"):
-        # Said here, before the layers are laid over each other and this value is lost.
-        _require(isinstance(file.get(table, {}), Mapping), table, file.get(table), "a table")
-    if preset is not None:
-        file.pop("attention", None)
-    name = preset or file.get("preset", (checkpoint or {}).get("preset", Config().preset))
-    if not isinstance(name, str):
-        raise ValueError(f"preset is {name!r}; accepted: {', '.join(presets())}, or a .toml file")
-    layers = [checkpoint or {}, {"attention": read_preset(name, preset_option)}, file, options, {"preset": name}]
-    config = _build(Config, _merged(layers), "")
-    check(config)
-    return config
-
-
-def resolved(path: Path) -> Config:
-    """Returns the configuration that `to_toml` wrote to `path`; no layer is added.
-
-    Raises:
-        ValueError: as `read_toml` and `resolve`.
-    """
-    config = _build(Config, read_toml(path, "job"), "")
-    check(config)
-    return config
-
-
 def check(config: Config) -> None:
     """Raises ValueError if a value is outside what is accepted, naming it; what depends on the model comes later."""
     video, attention = config.video, config.attention
-    _require(video.prompt.strip() != "", "prompt", video.prompt, "a text that says what is to be seen")
+    require(video.prompt.strip() != "", "prompt", video.prompt, "a text that says what is to be seen")
     for name in ("height", "width", "frames", "steps", "fps"):
-        _require(getattr(video, name) >= 1, name, getattr(video, name), "1 or more")
-    _require(math.isfinite(video.guidance) and video.guidance >= 0, "guidance", video.guidance, "0 or more")
+        require(getattr(video, name) >= 1, name, getattr(video, name), "1 or more")
+    require(math.isfinite(video.guidance) and video.guidance >= 0, "guidance", video.guidance, "0 or more")
     second = video.guidance_2
-    _require(second is None or (math.isfinite(second) and second >= 0), "guidance_2", second, "0 or more")
-    _require(video.boundary is None or 0 <= video.boundary <= 1, "boundary", video.boundary, "0 .. 1")
-    _require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
-    _require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
-    _require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
+    require(second is None or (math.isfinite(second) and second >= 0), "guidance_2", second, "0 or more")
+    require(video.boundary is None or 0 <= video.boundary <= 1, "boundary", video.boundary, "0 .. 1")
+    require(0 <= video.seed < 2**63, "seed", video.seed, "0 .. 2^63 - 1")
+    require(0 < attention.p <= 1, "attention.p", attention.p, "0 < p <= 1")
+    require(0 <= attention.floor <= 1, "attention.floor", attention.floor, "0 .. 1")
     _check_reuse(attention)
     job = config.job
-    _require(job.checkpoint_steps >= 0, "job.checkpoint_steps", job.checkpoint_steps, "0 or more; 0 is never")
+    require(job.checkpoint_steps >= 0, "job.checkpoint_steps", job.checkpoint_steps, "0 or more; 0 is never")
     seconds = job.checkpoint_seconds
-    _require(math.isfinite(seconds) and seconds >= 0, "job.checkpoint_seconds", seconds, "0 or more; 0 is never")
+    require(math.isfinite(seconds) and seconds >= 0, "job.checkpoint_seconds", seconds, "0 or more; 0 is never")
     for name in ("hang_seconds", "start_seconds"):
         limit = getattr(job, name)
-        _require(math.isfinite(limit) and limit > 0, f"job.{name}", limit, "more than 0")
-    _require(job.failures >= 1, "job.failures", job.failures, "1 or more")
+        require(math.isfinite(limit) and limit > 0, f"job.{name}", limit, "more than 0")
+    require(job.failures >= 1, "job.failures", job.failures, "1 or more")
     share = attention.dense_steps
-    _require(0 <= share <= 1, "attention.dense_steps", share, "0 .. 1, a share of the steps")
+    require(0 <= share <= 1, "attention.dense_steps", share, "0 .. 1, a share of the steps")
     least = attention.least_dense_steps
-    _require(least >= 0, "attention.least_dense_steps", least, "0 or more")
-    _require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")
+    require(least >= 0, "attention.least_dense_steps", least, "0 or more")
+    require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")
     for name in ("first_iterations", "iterations", "refresh_every"):
-        _require(getattr(attention, name) >= 1, f"attention.{name}", getattr(attention, name), "1 or more")
+        require(getattr(attention, name) >= 1, f"attention.{name}", getattr(attention, name), "1 or more")
     for name in ("query_clusters", "key_clusters"):
         value = getattr(attention, name)
-        _require(value is None or value >= 1, f"attention.{name}", value, "1 or more")
-    _require(len(attention.clusters) > 0, "attention.clusters", [], "at least one row of tokens, query and key")
+        require(value is None or value >= 1, f"attention.{name}", value, "1 or more")
+    require(len(attention.clusters) > 0, "attention.clusters", [], "at least one row of tokens, query and key")
     for row in attention.clusters:
         for part in ("tokens", "query", "key"):
-            _require(getattr(row, part) >= 1, f"attention.clusters.{part}", getattr(row, part), "1 or more")
+            require(getattr(row, part) >= 1, f"attention.clusters.{part}", getattr(row, part), "1 or more")
 
 
 def _check_reuse(attention: AttentionConfig) -> None:
     """Raises ValueError for options of the tail, the budget or the schedule that are not accepted."""
     budget, least = attention.density, attention.head_floor
-    _require(budget is None or 0 < budget <= 1, "attention.density", budget, "0 < density <= 1")
+    require(budget is None or 0 < budget <= 1, "attention.density", budget, "0 < density <= 1")
     most = 1.0 if budget is None else budget
-    _require(0 <= least <= most, "attention.head_floor", least, f"0 .. {most:g}, no more than attention.density")
+    require(0 <= least <= most, "attention.head_floor", least, f"0 .. {most:g}, no more than attention.density")
     needs = "mass; error needs attention.tail centroids"
-    _require(attention.selection == "mass" or attention.tail != "none", "attention.selection", "error", needs)
+    require(attention.selection == "mass" or attention.tail != "none", "attention.selection", "error", needs)
     growth, drift = attention.refresh_growth, attention.drift
-    _require(math.isfinite(growth) and growth >= 1, "attention.refresh_growth", growth, "1 or more")
+    require(math.isfinite(growth) and growth >= 1, "attention.refresh_growth", growth, "1 or more")
     most_steps = attention.refresh_most
     if attention.refresh != "fixed":
         every = f"{attention.refresh_every} (attention.refresh_every) or more"
-        _require(most_steps >= attention.refresh_every, "attention.refresh_most", most_steps, every)
-    _require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
+        require(most_steps >= attention.refresh_every, "attention.refresh_most", most_steps, every)
+    require(0 < drift <= 1, "attention.drift", drift, "0 < drift <= 1, a share of the labels")
 
 
 def selects_all(attention: AttentionConfig) -> bool:
@@ -365,7 +241,7 @@ def check_tokens(attention: AttentionConfig, tokens: int, *, joint: bool = False
         # Each is one row of all keys, and one of the least that a row can have.
         parts[f"the anchors of {queries} query clusters"] = round(queries * (1 + sum(parts.values()) / tokens))
     least = sum(parts.values()) / tokens
-    _require(
+    require(
         attention.density is None or attention.density > least,
         "attention.density",
         attention.density,
@@ -395,68 +271,7 @@ def cluster_counts(attention: AttentionConfig, tokens: int) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def to_toml(config: Config) -> str:
-    """Returns the configuration as TOML, every option written out; `resolve` reads it back to an equal one."""
-    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
-
-
-def _plain(value: Any) -> Any:
-    """Returns `value` without None and with lists for tuples, as TOML has neither."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            inside = merged.get(key)
-            merged[key] = _merged([inside, value]) if isinstance(inside, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _build(cls: type[T], values: Any, where: str) -> T:
-    """Returns a dataclass made of a TOML table; unknown keys and wrong types raise ValueError."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.')} is {values!r}; accepted: a table")
-    types = typing.get_type_hints(cls)
-    for key in values:
-        if key not in types:
-            raise ValueError(f"unknown option {where + key!r}; accepted: {', '.join(types)}{_near(key, list(types))}")
-    return cls(**{key: _convert(types[key], value, where + key) for key, value in values.items()})
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Returns `value` as the type of its field."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build(kind, value, name + ".")
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), name, value, "a list of tables")
-        return tuple(_convert(args[0], item, name) for item in value)
-    if origin is Literal:
-        _require(value in args, name, value, ", ".join(map(str, args)), near=_near(str(value), [str(a) for a in args]))
-        return value
-    if type(None) in args:
-        return None if value is None else _convert(args[0], value, name)
-    if kind is float and type(value) is int:
-        return float(value)
-    accepted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    _require(type(value) is kind, name, value, accepted[kind])
-    return value
-
-
-def _require(condition: bool, name: str, value: Any, accepted: str, near: str = "") -> None:
+def require(condition: bool, name: str, value: Any, accepted: str, near: str = "") -> None:
+    """Raises ValueError, naming the option, its value and what is accepted, unless a condition holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; accepted: {accepted}{near}")
-
-
-def _near(word: str, known: list[str]) -> str:
-    """Returns "; did you mean …?" if a known word is near, else nothing."""
-    found = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()

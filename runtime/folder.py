@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime.config import DEMO_MODEL, AttentionConfig, Config, VideoConfig, check_tokens, read_toml
+from semvid.runtime.config import AttentionConfig, Config, VideoConfig, check_tokens
 from semvid.runtime.families import facts
 from semvid.runtime.families.facts import Facts
+from semvid.runtime.settings import DEMO_MODEL, read_toml
 
 DEFAULTS_FILE = "semvid.toml"
 

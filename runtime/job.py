@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from semvid.runtime.config import Config, resolved, to_toml
+from semvid.runtime.config import Config
+from semvid.runtime.settings import resolved, to_toml
 
 DEFAULT_ROOT = Path("semvid-jobs")
 ENDS = ("done", "failed", "cancelled", "interrupted")

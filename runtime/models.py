@@ -16,7 +16,7 @@ from semvid.parallel.ranks import Ranks
 from semvid.parallel.weights import share_weights
 from semvid.parallel.windows import open_windows
 from semvid.runtime.caches import check_caches, check_unchanged
-from semvid.runtime.config import AttentionConfig, ModelConfig, resolve
+from semvid.runtime.config import AttentionConfig, ModelConfig
 from semvid.runtime.families.adapters import adapter, adapter_of
 from semvid.runtime.families.family import Family, context_name
 from semvid.runtime.folder import check_anchors, family_of
@@ -24,6 +24,7 @@ from semvid.runtime.fp8 import check_fp8, quantize_linears
 from semvid.runtime.fused import fuse, unfuse
 from semvid.runtime.metrics import Density
 from semvid.runtime.session import Position, Session, resolve_device
+from semvid.runtime.settings import resolve
 from semvid.runtime.sharding import shard_transformer, unshard_transformer
 
 HOOK = "semvid"
@@ -94,7 +95,7 @@ def sparsify(
 
     Args:
         pipeline: one of `semvid.runtime.families.facts.FAMILIES`.
-        preset: a name (`semvid.runtime.config.presets`) or a TOML file with [attention].
+        preset: a name (`semvid.runtime.settings.presets`) or a TOML file with [attention].
         attention: the whole setting, instead of a preset.
         seed: of the first centroids.
         ranks: this process among those of the job (`semvid.parallel.ranks.connect`); alone if absent. Where several

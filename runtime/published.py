@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semvid.runtime.config import CONFIGS, DEMO_MODEL, read_toml
 from semvid.runtime.families import facts
 from semvid.runtime.families.facts import Facts
 from semvid.runtime.folder import Geometry, geometry, inspect
+from semvid.runtime.settings import CONFIGS, DEMO_MODEL, read_toml
 
 if TYPE_CHECKING:
     import torch

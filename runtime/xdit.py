@@ -12,12 +12,13 @@ from torch import Tensor
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.xdit import KEY, WholeAttention, ranks_of_xfuser, register_attention, usp_dense
-from semvid.runtime.config import AttentionConfig, resolve
+from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import Density
 from semvid.runtime.models import HOOK, PositionHook, registry_of
 from semvid.runtime.processors import fold, fold_turned, project, unfold
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
+from semvid.runtime.settings import resolve
 from semvid.runtime.sparse import decision, sparse_attention
 
 
@@ -68,7 +69,7 @@ def register(
     Args:
         transformer: an xFuserWanTransformer3DWrapper of Wan 2.1.
         scheduler: the pipeline's; says which step of how many it is.
-        preset: a name (`semvid.runtime.config.presets`) or a TOML file with [attention].
+        preset: a name (`semvid.runtime.settings.presets`) or a TOML file with [attention].
         attention: the whole setting, instead of a preset.
         seed: of the first centroids.
 

@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from semvid.parallel.ranks import join
-from semvid.runtime.config import DEMO_MODEL, Config, resolve
+from semvid.runtime.config import Config
+from semvid.runtime.settings import DEMO_MODEL, resolve
 
 if TYPE_CHECKING:
     from semvid.runtime.published import Published

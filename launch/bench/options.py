@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semvid.runtime.config import CONFIGS, AttentionConfig, cluster_counts, resolve
+from semvid.runtime.config import AttentionConfig, cluster_counts
+from semvid.runtime.settings import CONFIGS, resolve
 
 LEAST_DENSITY = 0.02
 MOST_RANKS = 1024

@@ -21,9 +21,10 @@ from semvid.launch.bench.quality_rivals import by_blocks, by_exact_mass
 from semvid.launch.bench.quality_settings import read_settings
 from semvid.parallel.phases import recording
 from semvid.runtime import denoise, folder, models
-from semvid.runtime.config import AttentionConfig, Config, VideoConfig, resolve
+from semvid.runtime.config import AttentionConfig, Config, VideoConfig
 from semvid.runtime.metrics import Density, Frames, likeness_on, relative_error
 from semvid.runtime.schedule import num_dense_steps
+from semvid.runtime.settings import resolve
 
 # Of the demo model's card. Seed i goes with prompt i.
 PROMPTS = (

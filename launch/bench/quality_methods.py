@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from semvid.runtime.config import AttentionConfig, cluster_counts, presets, resolve
+from semvid.runtime.config import AttentionConfig, cluster_counts
+from semvid.runtime.settings import presets, resolve
 
 # The point that the parts are switched off from, and that its counts of clusters and its interval are varied around.
 OURS: Mapping[str, Any] = {

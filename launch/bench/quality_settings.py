@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from semvid.launch.bench.quality_methods import FAMILIES, OURS, Method, config_of, own_presets, preset_layer
-from semvid.runtime.config import AttentionConfig, read_toml
+from semvid.runtime.config import AttentionConfig
+from semvid.runtime.settings import read_toml
 
 FAMILY = "own"
 """Of a table that names none."""

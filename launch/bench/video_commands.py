@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from semvid.launch import deployment as deployments
-from semvid.launch.bench import options as settings
 from semvid.launch.bench import video_options
+from semvid.launch.bench.options import words
 from semvid.launch.bench.video_options import PARTS, E2eOptions, ThroughputOptions
-from semvid.runtime import config as configs
 from semvid.runtime import job as jobs
-from semvid.runtime import published
+from semvid.runtime import published, settings
 
 AddParser = Callable[..., argparse.ArgumentParser]
 
@@ -27,7 +26,7 @@ def add_e2e(add_parser: AddParser) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(run=_e2e, parser=parser)
-    add, names = parser.add_argument, ", ".join(configs.deployments())
+    add, names = parser.add_argument, ", ".join(settings.deployments())
     add("--config", metavar="NAME|FILE", type=Path, required=True, help=f"a deployment: {names}; on a CPU a toy")
     add("--preset", metavar="NAME", help="whose schedule a video is computed from (default: the deployment's)")
     text = "numbers of GPUs, one after the other (default: the deployment's)"
@@ -114,7 +113,7 @@ def _e2e(args: argparse.Namespace) -> int:
         density=args.density,
         density_scale=args.density_scale,
         repeats=args.repeats,
-        parts=settings.words(args.parts),
+        parts=words(args.parts),
         fp8=args.fp8,
         usp=args.usp,
         backend=args.backend,

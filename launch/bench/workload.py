@@ -11,7 +11,8 @@ from semvid.kernels.dispatch import select
 from semvid.kernels.layout import BlockMap, Clusters
 from semvid.launch.bench.options import LEAST_DENSITY, Shape
 from semvid.parallel.kmeans import refine
-from semvid.runtime.config import CONFIGS, AttentionConfig
+from semvid.runtime.config import AttentionConfig
+from semvid.runtime.settings import CONFIGS
 
 TRACES = CONFIGS / "traces" / "head_densities.json"
 # Cluster sizes are lognormal. With 0.8, padding clusters of 76 keys on average to 64 and 128 wastes 43 and 101 %, and

@@ -9,7 +9,7 @@ from semvid.launch.bench import quality
 from semvid.launch.bench.quality_methods import chosen, config_of, methods
 from semvid.launch.bench.quality_report import is_curve, summary
 from semvid.launch.bench.quality_settings import bases, read_settings
-from semvid.runtime.config import resolve
+from semvid.runtime.settings import resolve
 
 TWO = """
 [methods.few]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from semvid.launch import cli
-from semvid.runtime.config import DEMO_MODEL
+from semvid.runtime.settings import DEMO_MODEL
 from semvid.runtime.video import encoder
 
 SMALL = ["--height", "64", "--width", "96", "--frames", "17", "--steps", "2", "--seed", "3", "--dtype", "fp32"]

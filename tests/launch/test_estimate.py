@@ -8,12 +8,12 @@ import pytest
 from semvid.launch import deployment as deployments
 from semvid.launch import estimate
 from semvid.launch.cli import main
-from semvid.runtime import config as configs
+from semvid.runtime import settings
 
 GIB = 1 << 30
 
 
-@pytest.mark.parametrize("name", configs.deployments())
+@pytest.mark.parametrize("name", settings.deployments())
 def test_every_deployment_can_be_read_and_fits_an_h200(name: str) -> None:
     deployment = deployments.read(Path(name))
     report, lines = estimate.run(deployment, None, 139 * GIB)

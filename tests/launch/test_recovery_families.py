@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from semvid.launch import cli, cluster, env, follow, request
 from semvid.runtime import job as jobs
-from semvid.runtime.config import Config, resolved, to_toml
+from semvid.runtime.config import Config
 from semvid.runtime.job import Job
+from semvid.runtime.settings import resolved, to_toml
 
 MESH = "cfg=1,ring=1,ulysses=2"
 JOINT = {"p": 0.6, "dense_steps": 0.0, "refresh_every": 2}

@@ -19,8 +19,8 @@ from semvid.launch import processes as processes_module
 from semvid.launch.request import Request
 from semvid.launch.supervise import supervise
 from semvid.runtime import job as jobs
-from semvid.runtime.config import resolve
 from semvid.runtime.job import Job
+from semvid.runtime.settings import resolve
 from tests.launch.test_cluster import MESH, head, left_behind, options, processes, sha256, shared  # noqa: F401
 
 # In the order in which a job reaches them; at rank 1 nobody decodes and writes. One job suffers all, one a life.

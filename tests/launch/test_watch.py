@@ -10,8 +10,9 @@ import pytest
 from semvid.launch import env
 from semvid.launch.watch import Watch, by_itself
 from semvid.runtime import job as jobs
-from semvid.runtime.config import JobConfig, resolve
+from semvid.runtime.config import JobConfig
 from semvid.runtime.pulse import Pulse, Seen
+from semvid.runtime.settings import resolve
 
 
 def test_a_job_hangs_if_no_rank_moves(monkeypatch: pytest.MonkeyPatch) -> None:

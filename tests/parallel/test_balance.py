@@ -20,7 +20,7 @@ from semvid.parallel.balance import (
     longest_first,
     rows_in,
 )
-from semvid.runtime.config import CONFIGS
+from semvid.runtime.settings import CONFIGS
 
 PARTS = [2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 31, 48, 64]
 

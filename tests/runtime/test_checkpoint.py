@@ -20,10 +20,11 @@ from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import connect
 from semvid.runtime import checkpoint, models, parts
 from semvid.runtime import job as jobs
-from semvid.runtime.config import DEMO_MODEL, Config, JobConfig, ModelConfig
+from semvid.runtime.config import Config, JobConfig, ModelConfig
 from semvid.runtime.folder import locate
 from semvid.runtime.generate import Progress, generate
 from semvid.runtime.job import Job, StoppedError
+from semvid.runtime.settings import DEMO_MODEL
 
 CPU = torch.device("cpu")
 # Refreshed at step 1 and 4 (from 0): a checkpoint after step 3 is followed by a reuse of its labels and map.

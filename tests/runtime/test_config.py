@@ -4,21 +4,14 @@ from typing import Any
 
 import pytest
 
-from semvid.runtime import config as configs
-from semvid.runtime.config import (
-    AttentionConfig,
-    ClusterCounts,
-    check_tokens,
-    cluster_counts,
-    has_anchors,
-    measured,
-    resolve,
-)
+from semvid.runtime import settings
+from semvid.runtime.config import AttentionConfig, ClusterCounts, Config, check_tokens, cluster_counts, has_anchors
+from semvid.runtime.settings import measured, resolve
 
 PROMPT = {"video": {"prompt": "a ball"}}
 
 
-def resolved(**tables: Any) -> configs.Config:
+def resolved(**tables: Any) -> Config:
     return resolve(tables, PROMPT)
 
 
@@ -79,9 +72,9 @@ def test_checkpoints_that_cannot_be_are_refused(job: dict[str, Any], message: st
 
 def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
     config = resolved(attention={"query_clusters": 3, "p": 1.0}, video={"guidance": 2})
-    (tmp_path / "job.toml").write_text(configs.to_toml(config))
-    assert configs.resolved(tmp_path / "job.toml") == config
-    assert resolve(configs.read_toml(tmp_path / "job.toml", "--config"), {}) == config
+    (tmp_path / "job.toml").write_text(settings.to_toml(config))
+    assert settings.resolved(tmp_path / "job.toml") == config
+    assert resolve(settings.read_toml(tmp_path / "job.toml", "--config"), {}) == config
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from semvid.runtime import denoise, folder, load_pipeline, sparsify
-from semvid.runtime.config import AttentionConfig, Config, VideoConfig, resolve
+from semvid.runtime.config import AttentionConfig, Config, VideoConfig
+from semvid.runtime.settings import resolve
 
 Make = Callable[..., Config]
 Stock = Callable[[Any, VideoConfig], Tensor]

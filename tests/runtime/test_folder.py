@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from semvid.runtime import folder as folders
-from semvid.runtime.config import DEMO_MODEL, VideoConfig
+from semvid.runtime.config import VideoConfig
+from semvid.runtime.settings import DEMO_MODEL
 
 
 @pytest.fixture

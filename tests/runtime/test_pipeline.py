@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from semvid.runtime import denoise, load_pipeline, sparsify
-from semvid.runtime.config import DEMO_MODEL, AttentionConfig, ModelConfig, VideoConfig
+from semvid.runtime.config import AttentionConfig, ModelConfig, VideoConfig
+from semvid.runtime.settings import DEMO_MODEL
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17, "num_inference_steps": 4, "guidance_scale": 3.0}
 
