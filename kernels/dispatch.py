@@ -49,6 +49,7 @@ class Ops(NamedTuple):
     norm_rotary: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
     add_gated: Callable[..., Tensor]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_norm8: Callable[..., tuple[Tensor, Rows8]]
     quantize_rows: Callable[..., Rows8]
     linear8: Callable[[Rows8, Rows8, Tensor | None, torch.dtype], Tensor]
     source_rows: Callable[..., list[Tensor]]

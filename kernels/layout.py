@@ -42,6 +42,11 @@ class Rows8(NamedTuple):
     scales: Tensor
     """fp32 [..., 1]: value · scale is what was meant."""
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values: what asks a tensor for its shape may be handed rows in FP8."""
+        return self.values.shape
+
 
 class BlockMap(NamedTuple):
     """Which (query cluster, key cluster) pairs are computed."""

@@ -28,12 +28,14 @@ class Linear8(nn.Module):
         self.bias = linear.bias
         self.ops, self.gelu, self.dtype = ops, gelu, linear.weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rows8) -> Tensor:
         """Returns [..., M] in the dtype of the layer that was, of x [..., K]."""
         return self.multiply(self.quantize(x))
 
-    def quantize(self, x: Tensor) -> Rows8:
-        """Returns the layer's input as `multiply` takes it."""
+    def quantize(self, x: Tensor | Rows8) -> Rows8:
+        """Returns the layer's input as `multiply` takes it; what is so already stays as it is."""
+        if isinstance(x, Rows8):
+            return x
         return self.ops.quantize_rows(x, gelu=self.gelu)
 
     def multiply(self, rows: Rows8) -> Tensor:
@@ -41,8 +43,13 @@ class Linear8(nn.Module):
         return self.ops.linear8(rows, Rows8(self.values, self.scales), self.bias, self.dtype)
 
 
+def takes_rows8(layer: object) -> bool:
+    """Returns whether a layer takes rows in FP8 in the place of a tensor."""
+    return isinstance(layer, Linear8) and not layer.gelu
+
+
 def apply_all(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
-    """Returns what each layer makes of x; layers in FP8 quantise it once for all of them."""
+    """Returns what each layer makes of x; layers in FP8 quantise it once for all of them, if it is not so already."""
     first = layers[0]
     if not isinstance(first, Linear8):
         return [layer(x) for layer in layers]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
+from semvid.kernels.layout import Rows8
+from semvid.runtime.fp8 import takes_rows8
 
 Forward = Callable[..., Any]
 """(block, ops, *args of the block's own forward) -> its result."""
@@ -70,15 +72,19 @@ def wan_block(
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (table[None] + time.float()).unbind(2)
     else:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (table + time.float()).split(1, dim=1)
-    _, normed = ops.add_norm(hidden, None, None, 1 + scale, shift, block.norm1.eps)
-    attended = block.attn1(normed, None, None, rotary_emb)
+    self_attention, cross_attention = block.attn1, block.attn2
+    into = None if self_attention.fused_projections else self_attention.to_q
+    _, normed = _add_norm(ops, into, hidden, None, None, 1 + scale, shift, block.norm1.eps)
+    attended = self_attention(normed, None, None, rotary_emb)
     if isinstance(block.norm2, torch.nn.Identity):
         hidden = normed = ops.add_gated(hidden, attended, gate)
     else:
         norm = block.norm2
-        hidden, normed = ops.add_norm(hidden, attended, gate, norm.weight, norm.bias, norm.eps)
-    attended = block.attn2(normed, encoder_hidden_states, None, None)
-    hidden, normed = ops.add_norm(hidden, attended, None, 1 + ff_scale, ff_shift, block.norm3.eps)
+        into = cross_attention.to_q
+        hidden, normed = _add_norm(ops, into, hidden, attended, gate, norm.weight, norm.bias, norm.eps)
+    attended = cross_attention(normed, encoder_hidden_states, None, None)
+    into = block.ffn.net[0]
+    hidden, normed = _add_norm(ops, into, hidden, attended, None, 1 + ff_scale, ff_shift, block.norm3.eps)
     return ops.add_gated(hidden, block.ffn(normed), ff_gate)
 
 
@@ -116,7 +122,7 @@ def hunyuan_double(
 
     def forward(x: Tensor, y: Tensor, table: Sequence[Tensor], norm: Any, ff: Any) -> Tensor:
         _, _, gate, shift, scale, ff_gate = table
-        total, normed = ops.add_norm(x, y, gate, 1 + scale, shift, norm.eps)
+        total, normed = _add_norm(ops, ff.net[0], x, y, gate, 1 + scale, shift, norm.eps)
         return ops.add_gated(total, ff(normed), ff_gate)
 
     return (
@@ -161,6 +167,11 @@ def hunyuan_single(
     out = block.proj_out(torch.cat([torch.cat(attended, dim=1), inner], dim=2))
     joint = ops.add_gated(joint, out, gate)
     return joint[:, :-rows], joint[:, -rows:]
+
+
+def _add_norm(ops: Ops, into: object, *args: Any) -> tuple[Tensor, Tensor | Rows8]:
+    """Returns what `Ops.add_norm` makes of args, its norm in FP8 where the layer that it goes into takes that."""
+    return ops.add_norm8(*args) if takes_rows8(into) else ops.add_norm(*args)
 
 
 def _table(norm: Any, time: Tensor, parts: int) -> tuple[Tensor, ...]:

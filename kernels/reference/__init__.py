@@ -3,7 +3,7 @@
 Names and signatures are those of the fast versions. Matrix products are taken in fp32 whatever the input's dtype.
 """
 
-from semvid.kernels.reference.block import add_gated, add_norm, linear8, norm_rotary, quantize_rows
+from semvid.kernels.reference.block import add_gated, add_norm, add_norm8, linear8, norm_rotary, quantize_rows
 from semvid.kernels.reference.clusters import assign, cluster_sums, density, group, sums_by_runs, top_p_map, unpack_map
 from semvid.kernels.reference.rows import (
     addresses,
@@ -19,6 +19,7 @@ from semvid.kernels.reference.softmax import attention, merge, plan
 __all__ = [
     "add_gated",
     "add_norm",
+    "add_norm8",
     "addresses",
     "assign",
     "attention",

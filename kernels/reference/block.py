@@ -66,6 +66,14 @@ def add_norm(
     return total, (normed * gain + shift).to(x.dtype)
 
 
+def add_norm8(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, gain: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Rows8]:
+    """Returns s as `add_norm` does, and its normed rows as `quantize_rows` makes them of those of `add_norm`."""
+    total, normed = add_norm(x, y, gate, gain, shift, eps)
+    return total, quantize_rows(normed)
+
+
 def quantize_rows(x: Tensor, *, gelu: bool = False) -> Rows8:
     """Returns x by rows in FP8 (e4m3), each with the scale that makes its largest magnitude 448.
 

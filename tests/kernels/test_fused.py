@@ -111,6 +111,7 @@ def test_no_rows_are_no_work(ops: Ops, device: torch.device) -> None:
     empty = torch.empty(1, 0, 48, device=device)
     gain = torch.ones(48, device=device)
     assert ops.add_norm(empty, empty, gain, gain, gain, 1e-6)[1].shape == (1, 0, 48)
+    assert ops.add_norm8(empty, empty, gain, gain, gain, 1e-6)[1].scales.shape == (1, 0, 1)
     assert ops.quantize_rows(empty).scales.shape == (1, 0, 1)
 
 
@@ -139,6 +140,24 @@ def test_a_row_of_zeros_stays_zero(ops: Ops, device: torch.device) -> None:
     assert (values[1].float() == 0).all()
     assert scales[1] == 1
     assert torch.isfinite(values.float()).all()
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "N", "C"), SIZES)
+def test_a_norm_in_fp8_is_the_norm_in_fp8(
+    ops: Ops, dtype: torch.dtype, B: int, N: int, C: int, added: bool, device: torch.device
+) -> None:
+    x, y = (drawn(B, N, C, device=device, dtype=dtype, seed=seed) for seed in (1, 2))
+    gate, gain, shift = (drawn(B, 1, C, device=device, seed=seed) for seed in (3, 4, 5))
+    given = (x, y if added else None, gate if added else None, gain, shift, 1e-6)
+    total, rows = ops.add_norm8(*given)
+    expected, normed = ops.add_norm(*given)
+    assert torch.equal(total, expected)
+    assert rows.shape == x.shape
+    for found, part in zip(rows, ops.quantize_rows(normed), strict=True):
+        # Bit for bit: FP8 has no comparison everywhere.
+        assert torch.equal(found.view(torch.uint8), part.view(torch.uint8))
 
 
 @pytest.mark.parametrize("bias", [False, True])

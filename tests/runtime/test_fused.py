@@ -15,6 +15,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from semvid.kernels.dispatch import select
 from semvid.runtime import load_pipeline, sparsify
 from semvid.runtime.config import Config
+from semvid.runtime.families.facts import HUNYUAN, WAN
+from semvid.runtime.fp8 import quantize_linears
 from semvid.runtime.fused import fuse, unfuse
 
 HEADS, D = 2, 16
@@ -107,3 +109,29 @@ def test_dense_attention_leaves_diffusers_blocks(family_config: Callable[..., Co
     pipeline = load_pipeline(Path(config.model.path), config.model)
     sparsify(pipeline, attention=config.attention)
     assert not any("forward" in vars(block) for block in pipeline.transformer.blocks)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_what_goes_into_layers_in_fp8_alone_is_normed_into_fp8(
+    block: tuple[Any, tuple[Any, ...]], backend: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    made, inputs = block[0].to(device), moved(block[1], device)
+    ops, normed = select(backend, device), []
+
+    def apart(*args: Any) -> Any:
+        normed.append(args[0].shape)
+        total, rows = ops.add_norm(*args)
+        return total, ops.quantize_rows(rows)
+
+    kind = request.node.callspec.params["block"]
+    quantize_linears([made], (WAN if kind.startswith("wan") else HUNYUAN).heavy, ops)
+    fuse([made], ops._replace(add_norm8=apart))
+    expected = made(*inputs)
+    unfuse([made])
+    fuse([made], ops)
+    found = made(*inputs)
+    for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected)), strict=True):
+        assert torch.equal(one, other)
+    # For queries, keys and values; for those queries of cross-attention; for the feed-forward, of two the video's.
+    expected_count = {"wan without a norm before cross-attention": 2, "hunyuan double": 1, "hunyuan single": 0}
+    assert len(normed) == expected_count.get(kind, 3)
