@@ -1,7 +1,7 @@
 """What a job remembers from step to step: clusters, maps and exchanges, per (layer, branch).
 
 Of every layer and branch: what is long to find and short to keep. Plans, made in no time from map and runs and longer
-than both, are not kept, nor are orders where the sequence is whole: they follow from the labels.
+than both, are not kept, nor are orders: they follow from the labels.
 """
 
 from dataclasses import dataclass, field
@@ -59,10 +59,11 @@ class Memory(NamedTuple):
     drift: Changed | float | None = None
     """The share of labels that it changed, or what will tell it; None where nobody counts."""
     anchored: Permutation | None = None
-    """The order of this rank's queries and anchors, see `semvid.parallel.anchors`; None without anchors."""
+    """The order of this rank's queries and anchors, see `semvid.parallel.anchors`; None without anchors. Empty where it
+    is `short`."""
     ready: bool = True
-    """Whether exchange and orders are there. Not where the memory comes from a checkpoint or from another rank, and not
-    where it is `short`."""
+    """Whether there is what a call needs beside orders. Not where the memory comes from a checkpoint or from another
+    rank, and not where that of a whole sequence is `short`: it needs them in every call."""
 
     def refreshed(self) -> Refreshed:
         """Returns what the schedule reads; waits for a count that is on its way."""
@@ -70,14 +71,15 @@ class Memory(NamedTuple):
         return Refreshed(self.step, self.interval, drift)
 
     def short(self) -> "Memory":
-        """Returns what is kept of it: where the sequence is whole no order, and labels in 16 bits if they fit.
+        """Returns what is kept of it: no order, and labels in 16 bits if they fit.
 
-        At Wan 14B 720p that is 1.5 GiB of 2.8 for a branch; grouping the labels again takes 0.3 ms of a call's 69.
+        At Wan 14B 720p that is 1.5 GiB of 2.8 for a branch; grouping the labels again takes 0.3 ms of a call's 69. An
+        exchange has the orders in its lists, and what else is made of them is made by `semvid.runtime.refresh.ordered`.
         """
-        if self.exchange is not None:
-            return self
-        queries, keys = (_short(side) for side in (self.queries, self.keys))
-        return self._replace(queries=queries, keys=keys, anchored=None, ready=False)
+        short = self._replace(queries=_short(self.queries), keys=_short(self.keys))
+        if self.exchange is None:
+            return short._replace(anchored=None, ready=False)
+        return short._replace(anchored=None if self.anchored is None else _nothing(self.queries))
 
 
 @dataclass(slots=True)
@@ -104,6 +106,10 @@ class Cache:
 
 def _short(side: Clusters) -> Clusters:
     """Returns clusters with short labels and without their order."""
-    none = side.labels.new_empty(0, 0)
     labels = side.labels.to(torch.int16) if side.centroids.shape[1] <= SHORT else side.labels
-    return side._replace(labels=labels, permutation=Permutation(none, none))
+    return side._replace(labels=labels, permutation=_nothing(side))
+
+
+def _nothing(side: Clusters) -> Permutation:
+    none = side.labels.new_empty(0, 0, dtype=torch.int32)
+    return Permutation(none, none)

@@ -183,9 +183,8 @@ def _state(model: Published, attention: AttentionConfig, tokens: int, rows: int,
     # Centroids and the map.
     layer = SINGLE * (query + key) * width + heads * query * key // 8
     if shared:
-        # Labels and order of queries and keys; rows sent and where they belong: q, k, v and the way home.
-        layer += (4 + 6) * WORD * heads * rows
-    else:
-        # Labels of queries and keys; their order is made anew in each call.
-        layer += 2 * HALF * heads * rows
+        # Rows sent and where they belong: q, k, v and the way home.
+        layer += 6 * WORD * heads * rows
+    # Labels of queries and keys.
+    layer += 2 * HALF * heads * rows
     return layer * max(0, model.geometry.layers - attention.dense_layers)

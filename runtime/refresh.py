@@ -80,15 +80,24 @@ def refresh(
 
 def made_ready(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> Memory:
     """Returns a memory that is not ready with what follows from its labels and map; no collective."""
-    prompt = session.prompt
     with phase("plan"):
-        queries, keys = (_ordered(_grouped(side, session), prompt) for side in memory[:2])
+        queries, keys = (_ordered(_grouped(side, session), session.prompt) for side in memory[:2])
     memory = memory._replace(queries=queries, keys=keys, ready=True)
     if memory.counts is None:
         with phase("plan"):
             return memory._replace(anchored=_anchored(queries, session))
-    whole = _counted(GlobalMap(memory.bits, memory.counts), prompt)
+    whole = _counted(GlobalMap(memory.bits, memory.counts), session.prompt)
     return memory._replace(**_exchanged(q, k, v, session, whole, (queries, keys), memory))
+
+
+def ordered(session: Session, memory: Memory) -> Memory:
+    """Returns a memory with an exchange and with the orders that a call needs beside it: of means."""
+    if memory.log_n is None and memory.anchored is None:
+        return memory
+    with phase("plan"):
+        keys = memory.keys if memory.log_n is None else _grouped(memory.keys, session)
+        queries = memory.queries if memory.anchored is None else _grouped(memory.queries, session)
+    return memory._replace(queries=queries, keys=keys)
 
 
 def plans_of(memory: Memory, session: Session) -> list[Plan]:
@@ -121,8 +130,9 @@ def recut(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> 
     if not exchange.is_uneven():
         return memory._replace(counts=None)
     whole = GlobalMap(memory.bits, memory.counts)
-    made = _exchanged(q, k, v, session, whole, (memory.queries, memory.keys), memory)
-    return memory._replace(**made | {"counts": None})
+    queries, keys = (_ordered(_grouped(side, session), session.prompt) for side in memory[:2])
+    made = _exchanged(q, k, v, session, whole, (queries, keys), memory)
+    return memory._replace(queries=queries, keys=keys, **made | {"counts": None})
 
 
 def _is_anchored(session: Session) -> bool:

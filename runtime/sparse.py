@@ -15,7 +15,7 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import AnyExchange, Memory
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import Means, exchange_of, made_ready, plans_of, recut, refresh, share_of_anchors
+from semvid.runtime.refresh import Means, exchange_of, made_ready, ordered, plans_of, recut, refresh, share_of_anchors
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
@@ -60,6 +60,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
     elif memory.counts is not None and isinstance(todo, Reuse):
         memory = recut(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)
+    if memory.exchange is not None:
+        memory = ordered(session, memory)
     session.meter.count_sparse(memory.density)
     tail = _tail(k, v, session, memory, means)
     if memory.anchored is None:
