@@ -16,6 +16,9 @@ Group = dist.ProcessGroup | None
 # The newer name, where PyTorch has it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+# gloo would take them, so that only GPUs would show it.
+UNKNOWN_TO_NCCL = (torch.int16, torch.uint16)
+
 Arrival = Callable[[], Tensor]
 """Waits (on a GPU: lets the current stream wait) until a tensor under way has arrived, and returns it."""
 
@@ -61,7 +64,12 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     Args:
         x: contiguous, the same shape and dtype on every rank.
         group: the ranks, or None for this one alone.
+
+    Raises:
+        TypeError: NCCL has no such dtype.
     """
+    if x.dtype in UNKNOWN_TO_NCCL:
+        raise TypeError(f"x is {x.dtype}, which NCCL can't gather; accepted: any dtype but those of 16 bit integers")
     if group is None:
         return x[None]
     ranks = dist.get_world_size(group)

@@ -124,7 +124,8 @@ class _Call:
         """Returns how far sampled rows of `sparse` are from fp32 attention over the same clusters and map, relative."""
         work, memory = self.work, self.session.cache.get(LAYER, BRANCH)
         assert memory is not None
-        whole = self.shard.gather(pad(memory.keys.labels, 1, self.shard.rows), 1, self.ranks.sequence).long()
+        labels = pad(memory.keys.labels.int(), 1, self.shard.rows)
+        whole = self.shard.gather(labels, 1, self.ranks.sequence).long()
         wrong = right = 1e-30
         if self.shard.tokens == 0:
             return 0.0

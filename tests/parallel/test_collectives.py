@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
-from semvid.parallel.collectives import from_first, to_first
+from semvid.parallel.collectives import all_gather, from_first, to_first
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks, connect
 
@@ -58,3 +59,8 @@ def test_the_first_rank_gets_what_every_rank_has(spawn: Callable[..., None]) -> 
 def test_a_rank_alone_has_all_there_is() -> None:
     x = torch.ones(2)
     assert to_first([x], [1], x, Ranks().world)[0][0] is x
+
+
+def test_what_only_gpus_would_refuse_is_refused_everywhere() -> None:
+    with pytest.raises(TypeError, match="x is torch.int16, which NCCL can't gather"):
+        all_gather(torch.zeros(3, dtype=torch.int16), None)
