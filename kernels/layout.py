@@ -56,7 +56,7 @@ class BlockMap(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `attention` computes: the runs of both sides, the map, and the lists a backend walks. Kept while reused."""
+    """What `attention` computes: the runs of both sides, the map, and the lists a backend walks."""
 
     q_offsets: Tensor
     """int32 [H, Cq + 1]."""
