@@ -124,6 +124,9 @@ def _equals_one_rank(
             # The second refresh was cut by the loads of the first; the reuse after it has seen to that.
             assert isinstance(memory.exchange, DirectExchange if windows else Exchange)
             assert memory.counts is None
+            # Orders are in the exchange's lists, or follow from the labels.
+            for side in (memory.queries, memory.keys):
+                assert (side.permutation.order.numel(), side.labels.dtype) == (0, torch.int16)
             assert made.meter.read().sparse == pytest.approx(alone.meter.read().sparse, rel=1e-6)
             if p == 1.0:
                 torch.testing.assert_close(expected[1], expected[3] * 2, rtol=2e-5, atol=2e-5)
