@@ -74,7 +74,7 @@ class Memory(NamedTuple):
         """Returns what is kept of it: no order, and labels in 16 bits if they fit.
 
         At Wan 14B 720p that is 1.5 GiB of 2.8 for a branch; grouping the labels again takes 0.3 ms of a call's 69. An
-        exchange has the orders in its lists, and what else is made of them is made by `semvid.runtime.refresh.ordered`.
+        exchange has the orders in its lists; what else needs them takes them from `semvid.runtime.refresh.with_orders`.
         """
         short = self._replace(queries=_short(self.queries), keys=_short(self.keys))
         if self.exchange is None:

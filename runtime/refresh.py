@@ -90,7 +90,7 @@ def made_ready(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory
     return memory._replace(**_exchanged(q, k, v, session, whole, (queries, keys), memory))
 
 
-def ordered(session: Session, memory: Memory) -> Memory:
+def with_orders(session: Session, memory: Memory) -> Memory:
     """Returns a memory with an exchange and with the orders that a call needs beside it: of means."""
     if memory.log_n is None and memory.anchored is None:
         return memory

@@ -15,7 +15,16 @@ from semvid.parallel.shard import Shard
 from semvid.parallel.tail import stand_ins
 from semvid.runtime.cache import AnyExchange, Memory
 from semvid.runtime.prompt import Prompt
-from semvid.runtime.refresh import Means, exchange_of, made_ready, ordered, plans_of, recut, refresh, share_of_anchors
+from semvid.runtime.refresh import (
+    Means,
+    exchange_of,
+    made_ready,
+    plans_of,
+    recut,
+    refresh,
+    share_of_anchors,
+    with_orders,
+)
 from semvid.runtime.schedule import Decision, Dense, Refresh, Reuse, decide
 from semvid.runtime.session import Session
 
@@ -61,7 +70,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory = recut(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)
     if memory.exchange is not None:
-        memory = ordered(session, memory)
+        memory = with_orders(session, memory)
     session.meter.count_sparse(memory.density)
     tail = _tail(k, v, session, memory, means)
     if memory.anchored is None:
