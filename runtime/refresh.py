@@ -95,8 +95,8 @@ def with_orders(session: Session, memory: Memory) -> Memory:
     if memory.log_n is None and memory.anchored is None:
         return memory
     with phase("plan"):
-        keys = memory.keys if memory.log_n is None else _grouped(memory.keys, session)
-        queries = memory.queries if memory.anchored is None else _grouped(memory.queries, session)
+        keys = memory.keys if memory.log_n is None else _with_order(memory.keys, session)
+        queries = memory.queries if memory.anchored is None else _with_order(memory.queries, session)
     return memory._replace(queries=queries, keys=keys)
 
 
@@ -130,7 +130,7 @@ def recut(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory) -> 
     if not exchange.is_uneven():
         return memory._replace(counts=None)
     whole = GlobalMap(memory.bits, memory.counts)
-    queries, keys = (_ordered(_grouped(side, session), session.prompt) for side in memory[:2])
+    queries, keys = (_with_order(side, session) for side in memory[:2])
     made = _exchanged(q, k, v, session, whole, (queries, keys), memory)
     return memory._replace(queries=queries, keys=keys, **made | {"counts": None})
 
@@ -218,6 +218,13 @@ def _place_whole(session: Session, queries: Clusters, keys: Clusters, rule: Rule
     queries, keys = _ordered(queries, prompt), _ordered(keys, prompt)
     with phase("plan"):
         return Memory(queries, keys, share, bits, anchored=_anchored(queries, session))
+
+
+def _with_order(side: Clusters, session: Session) -> Clusters:
+    """Returns clusters with the order that they were short of, the prompt's tokens in it."""
+    if side.permutation.order.numel() > 0:
+        return side
+    return _ordered(_grouped(side, session), session.prompt)
 
 
 def _grouped(side: Clusters, session: Session) -> Clusters:
