@@ -27,7 +27,8 @@ class Clusters(NamedTuple):
     labels: Tensor
     """int32 [H, N]: the cluster of each token."""
     centroids: Tensor
-    """fp32 [H, C, D]: the mean of each cluster's tokens; an empty cluster keeps the centroid it had."""
+    """fp32 [H, C, D]: the mean of each cluster's tokens; an empty cluster keeps the centroid it had. Those that a job
+    remembers are in the dtype of its tokens."""
     sizes: Tensor
     """int32 [H, C]: tokens in each cluster, over all ranks."""
     permutation: Permutation

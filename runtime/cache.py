@@ -79,7 +79,7 @@ class Memory(NamedTuple):
         short = self._replace(queries=_short(self.queries), keys=_short(self.keys))
         if self.exchange is None:
             return short._replace(anchored=None, ready=False)
-        return short._replace(anchored=None if self.anchored is None else _nothing(self.queries))
+        return short._replace(anchored=None if self.anchored is None else no_order(self.queries.labels))
 
 
 @dataclass(slots=True)
@@ -104,12 +104,13 @@ class Cache:
         self.dense.clear()
 
 
+def no_order(labels: Tensor) -> Permutation:
+    """Returns what stands in for the order of labels that is not kept."""
+    none = labels.new_empty(0, 0, dtype=torch.int32)
+    return Permutation(none, none)
+
+
 def _short(side: Clusters) -> Clusters:
     """Returns clusters with short labels and without their order."""
     labels = side.labels.to(torch.int16) if side.centroids.shape[1] <= SHORT else side.labels
-    return side._replace(labels=labels, permutation=_nothing(side))
-
-
-def _nothing(side: Clusters) -> Permutation:
-    none = side.labels.new_empty(0, 0, dtype=torch.int32)
-    return Permutation(none, none)
+    return side._replace(labels=labels, permutation=no_order(labels))

@@ -28,7 +28,7 @@ from semvid.parallel.budget import columns
 from semvid.parallel.exchange import Counts
 from semvid.parallel.shard import Shard
 from semvid.runtime import folder, parts
-from semvid.runtime.cache import Memory
+from semvid.runtime.cache import Memory, no_order
 from semvid.runtime.config import Config
 from semvid.runtime.denoise import Denoising
 from semvid.runtime.metrics import Density
@@ -272,7 +272,7 @@ def _memory(stored: _Stored, place: str, session: Session, device: torch.device)
         shards = [Shard(rank, mesh.sequence, whole.shape[1]) for rank in range(mesh.sequence)]
         own = [whole[:, shard.first : shard.first + shard.tokens] for shard in shards]
         labels = own[session.ranks.shard].contiguous()
-        sides.append(Clusters(labels, centroids, sizes, session.ops.group(labels, C)))
+        sides.append(Clusters(labels, centroids, sizes, no_order(labels)))
         counts.append(torch.stack([_counted(x, C) for x in own]))
     bits, density = (stored.only(f"{place}/{name}").to(device) for name in ("map", "density"))
     queries, keys = sides

@@ -12,7 +12,7 @@ from semvid.parallel.mesh import Mesh
 from semvid.runtime.config import AttentionConfig, VideoConfig, cluster_counts
 from semvid.runtime.published import Published
 
-HALF, SINGLE, WORD = 2, 4, 4
+HALF, SINGLE = 2, 4
 # Of [n, width] in half precision, alive at once around a block's attention: hidden states, normed ones, q, k and v,
 # turned q and k, rows in the order of clusters, result, and the result in the model's order.
 ATTENTION_COPIES = 12
@@ -20,9 +20,12 @@ ATTENTION_COPIES = 12
 MODULATION_COPIES = 4
 # Feed-forward: before and after the activation.
 FEED_FORWARD_COPIES = 2
+# Of a row of a head: four sources, two targets in words, their ranks in bytes; see semvid.parallel.direct.
+WAYS = 4 * 4 + 2 * 4 + 2
 # What rows that GPUs share are allotted over what they need; see semvid.parallel.windows.
 WINDOW_SPARE = 1.25
-# The CUDA context, libraries' workspaces and what the allocator can't reuse.
+# The CUDA context, libraries' workspaces, the tokens of recorded iterations (semvid.parallel.lloyd), and what the
+# allocator can't reuse.
 OVERHEAD = 2 << 30
 FRAGMENTS = 1.06
 # Feature maps of the VAE's widest part that are alive at once, and their frames: Wan's decodes four at a time.
@@ -181,10 +184,10 @@ def _state(model: Published, attention: AttentionConfig, tokens: int, rows: int,
     heads, width = model.geometry.heads, model.width
     query, key = cluster_counts(attention, tokens)
     # Centroids and the map.
-    layer = SINGLE * (query + key) * width + heads * query * key // 8
+    layer = HALF * (query + key) * width + heads * query * key // 8
     if shared:
         # Rows sent and where they belong: q, k, v and the way home.
-        layer += 6 * WORD * heads * rows
+        layer += WAYS * heads * rows
     # Labels of queries and keys.
     layer += 2 * HALF * heads * rows
     return layer * max(0, model.geometry.layers - attention.dense_layers)

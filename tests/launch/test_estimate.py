@@ -50,7 +50,8 @@ def test_steps_follow_the_schedule() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["estimate", "--config", "wan2.1-14b-720p", "--gpus", "1", "--gpu-memory", "42.5", "--json"])
+    size = ["--config", "wan2.1-14b-720p", "--frames", "121"]
+    code = main(["estimate", *size, "--gpus", "1", "--gpu-memory", "46", "--json"])
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert code == 2
