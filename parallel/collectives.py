@@ -34,11 +34,27 @@ def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """
     if group is None:
         return list(tensors)
-    buffer = torch.cat([x.flatten().float() for x in tensors])
-    enter()
-    dist.all_reduce(buffer, group=group)
-    parts = buffer.split([x.numel() for x in tensors])
-    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
+    buffer = joined(tensors)
+    all_reduce_in_place(buffer, group)
+    return separated(buffer, tensors)
+
+
+def all_reduce_in_place(buffer: Tensor, group: Group) -> None:
+    """Sums a contiguous buffer over the ranks of `group`, None for this one alone."""
+    if group is not None:
+        enter()
+        dist.all_reduce(buffer, group=group)
+
+
+def joined(tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Returns fp32 and int32 tensors one after the other, fp32 [elements], in `out` if it is given."""
+    return torch.cat([x.flatten().float() for x in tensors], out=out)
+
+
+def separated(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the parts of what `joined` made, in the shapes and dtypes of `like`."""
+    parts = buffer.split([x.numel() for x in like])
+    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, like, strict=True)]
 
 
 def broadcast_all(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
-from semvid.kernels.layout import Clusters, Permutation
-from semvid.parallel.collectives import Group, all_reduce_sum
+from semvid.kernels.layout import Clusters
+from semvid.parallel.collectives import Group, all_reduce_in_place, all_reduce_sum
+from semvid.parallel.lloyd import Local, Recordings, label, updated
 from semvid.parallel.phases import phase
 
 
@@ -38,6 +39,7 @@ def refine_with(
     *,
     riders: Sequence[Tensor] = (),
     before: Sequence[Tensor] = (),
+    recordings: Recordings | None = None,
 ) -> Refined:
     """Returns the clusters of each x after Lloyd's iterations from its starting centroids, and what rode along.
 
@@ -54,23 +56,18 @@ def refine_with(
         group: the ranks that share the sequence; every one must enter.
         riders: local rows, [H, n, E] each, summed by the labels of the last x (values by those of keys).
         before: int32 labels [H, n] of each x of an earlier step, or nothing.
+        recordings: of the job, to replay launches where they take longer than the work; the result is the same.
     """
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; accepted: 1 or more")
-    centroids, found = list(starts), _Local([], [], [])
-    counts: list[Tensor] = []
-    for _ in range(iterations - 1):
-        found = _label(xs, centroids, ops)
-        with phase("all-reduce"):
-            reduced = all_reduce_sum(found.sums, group)
-        centroids, counts = _updated(reduced, centroids)
-    found = _label(xs, centroids, ops)
+    centroids, found = _iterated(xs, starts, iterations, ops, group, recordings)
     with phase("cluster"):
         ridden = [ops.sums_by_runs(rider, found.orders[-1])[0] for rider in riders]
         changed = [_num_changed(found.labels, before)] if before else []
     with phase("all-reduce"):
         reduced = all_reduce_sum([*found.sums, *ridden, *changed], group)
-    centroids, counts = _updated(reduced[: 2 * len(xs)], centroids)
+    with phase("cluster"):
+        centroids, counts = updated(reduced[: 2 * len(xs)], centroids)
     clusters = [Clusters(*parts) for parts in zip(found.labels, centroids, counts, found.orders, strict=True)]
     rest = reduced[2 * len(xs) :]
     return Refined(clusters, rest[: len(riders)], rest[-1] if before else None)
@@ -99,31 +96,40 @@ def over(sums: Tensor, sizes: Tensor) -> Tensor:
     return sums / sizes.clamp(min=1)[..., None]
 
 
-class _Local(NamedTuple):
-    labels: list[Tensor]
-    orders: list[Permutation]
-    sums: list[Tensor]
-    """Sums and counts of the first x, then those of the next."""
-
-
-def _label(xs: Sequence[Tensor], centroids: Sequence[Tensor], ops: Ops) -> _Local:
+def _iterated(
+    xs: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    iterations: int,
+    ops: Ops,
+    group: Group,
+    recordings: Recordings | None,
+) -> tuple[list[Tensor], Local]:
+    """Returns the centroids before the last of so many iterations, and what this rank's tokens say in the last."""
     with phase("cluster"):
-        labels = [ops.assign(x, c) for x, c in zip(xs, centroids, strict=True)]
-        orders = [ops.group(label, c.shape[1]) for label, c in zip(labels, centroids, strict=True)]
-        sums = [ops.sums_by_runs(x, order) for x, order in zip(xs, orders, strict=True)]
-    return _Local(labels, orders, [part for pair in sums for part in pair])
-
-
-def _updated(reduced: Sequence[Tensor], centroids: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        recorded = None if recordings is None else recordings.begun(xs, starts, ops)
+    if recorded is not None:
+        for _ in range(iterations - 1):
+            with phase("cluster"):
+                recorded.label()
+            with phase("all-reduce"):
+                all_reduce_in_place(recorded.buffer, group)
+            with phase("cluster"):
+                recorded.update()
+        with phase("cluster"):
+            recorded.label()
+            return recorded.centroids, recorded.found()
+    centroids = list(starts)
+    for _ in range(iterations - 1):
+        with phase("cluster"):
+            found = label(xs, centroids, ops)
+        with phase("all-reduce"):
+            reduced = all_reduce_sum(found.sums, group)
+        with phase("cluster"):
+            centroids, _ = updated(reduced, centroids)
     with phase("cluster"):
-        totals, counts = reduced[0::2], list(reduced[1::2])
-        return [_means(*parts) for parts in zip(totals, counts, centroids, strict=True)], counts
+        return centroids, label(xs, centroids, ops)
 
 
 def _num_changed(labels: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     pairs = zip(labels, before, strict=True)
     return torch.stack([(new != old).sum() for new, old in pairs]).sum(dtype=torch.int32)[None]
-
-
-def _means(sums: Tensor, counts: Tensor, previous: Tensor) -> Tensor:
-    return torch.where((counts > 0)[..., None], sums / counts.clamp(min=1)[..., None], previous)

@@ -9,6 +9,7 @@ import torch
 from semvid.kernels.dispatch import Ops
 from semvid.parallel.balance import balance
 from semvid.parallel.itinerary import Placement
+from semvid.parallel.lloyd import Recordings
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import Windows
@@ -37,6 +38,8 @@ class Session:
     ranks: Ranks = field(default_factory=Ranks)
     """This process among those of the job."""
     cache: Cache = field(default_factory=Cache)
+    recordings: Recordings = field(default_factory=Recordings)
+    """Of k-means iterations, replayed."""
     meter: DensityMeter = field(default_factory=DensityMeter)
     position: Position | None = None
     seen: set[str] = field(default_factory=set)
@@ -77,8 +80,9 @@ class Session:
         self.seen.add(position.branch)
 
     def finish(self) -> None:
-        """Ends the job: its clusters are freed, its counts stay until the next one begins."""
+        """Ends the job: its clusters and recordings are freed, its counts stay until the next one begins."""
         self.cache.reset()
+        self.recordings.clear()
         self.position = None
         self.seen.clear()
 

@@ -60,7 +60,8 @@ def disturbed(folder: Path, launcher: str) -> dict[str, Any]:
     events = list(job.events())[known:]
     join = next(e for e in events if e["event"] == "join")
     resume = next(e for e in events if e["event"] == "resume")
-    stop = next((e for e in events if e["event"] == "stop"), join)
+    # torchrun's agent is the one that sees it, and says nothing here until it has started the ranks again.
+    stop = next((e for e in events[: events.index(join)] if e["event"] == "stop"), join)
     step = next(e for e in events[events.index(resume) :] if e["event"] == "step")
     return {
         "killed_after_step": at_step,

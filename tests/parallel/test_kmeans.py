@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import select
 from semvid.parallel.collectives import all_reduce_sum
-from semvid.parallel.kmeans import refine
+from semvid.parallel.kmeans import Refined, refine, refine_with
+from semvid.parallel.lloyd import Recordings
 from semvid.parallel.seeding import random_tokens
 
 OPS = select("reference", torch.device("cpu"))
@@ -119,6 +121,94 @@ def test_shards_cluster_as_one_and_agree_bit_for_bit(
     assert torch.equal(sizes, whole.sizes)
     assert torch.equal(torch.cat([found["q"][0] for found in ranks], 1), whole.labels)
     assert labels.shape[1] == -(-N // world)
+
+
+def run_again(body: Callable[[], None]) -> Callable[[], None]:
+    """Stands in for a CUDA graph: the same work at the same places in memory."""
+    return body
+
+
+def flat(found: Refined) -> list[Tensor]:
+    clusters = [part for side in found.clusters for part in (*side[:3], *side.permutation)]
+    return [*clusters, *found.sums, *([] if found.changed is None else [found.changed])]
+
+
+def same(a: Refined, b: Refined) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+def calls_of(x: Tensor, seed: int) -> dict[str, Any]:
+    """Queries and keys of different numbers of clusters, with everything that rides along."""
+    starts = [random_tokens(x, C, (seed,), x.shape[1]) for C in (5, 9)]
+    before = [torch.full(x.shape[:2], seed, dtype=torch.int32, device=x.device)] * 2
+    return {"xs": [x, 2 * x], "starts": starts, "riders": [3 * x], "before": before}
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 7])
+def test_recorded_iterations_find_the_same_and_leave_what_they_found(iterations: int) -> None:
+    recordings = Recordings(run_again)
+    kept = []
+    for seed in range(3):
+        # Strided, as a transformer's tokens are.
+        call = calls_of(blobs(100, seed=seed).transpose(0, 1).contiguous().transpose(0, 1), seed)
+        found = refine_with(**call, iterations=iterations, ops=OPS, recordings=recordings)
+        kept.append((found, refine_with(**call, iterations=iterations, ops=OPS)))
+    assert all(same(found, expected) for found, expected in kept)
+    assert not same(kept[0][0], kept[1][0])
+
+
+def test_each_shape_is_recorded_once_and_much_or_nothing_is_not() -> None:
+    made: list[Callable[[], None]] = []
+
+    def record(body: Callable[[], None]) -> Callable[[], None]:
+        made.append(body)
+        return body
+
+    recordings = Recordings(record, limit_bytes=2 * 100 * 8 * 4)
+    for N in (100, 60, 100, 60, 101):
+        x, start = blobs(N), blobs(5)
+        assert (recordings.begun([x], [start], OPS) is None) == (N == 101)
+    assert len(made) == 4
+    assert recordings.begun([x[:, :0]], [start], OPS) is None
+    recordings.clear()
+    recordings.begun([x[:, :60]], [start], OPS)
+    assert len(made) == 6
+
+
+def test_without_a_gpu_nothing_is_recorded() -> None:
+    assert Recordings().begun([blobs(5)], [blobs(2)], OPS) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_graphs_find_what_launches_find(backend: str) -> None:
+    device = torch.device("cuda")
+    ops, recordings = select(backend, device), Recordings()
+    kept = []
+    for seed in range(3):
+        x = blobs(3_001, 3, 128, seed=seed).to(device, torch.bfloat16)
+        for iterations in (1, 2, 20):
+            call = calls_of(x, seed)
+            assert recordings.begun(call["xs"], call["starts"], ops) is not None
+            found = refine_with(**call, iterations=iterations, ops=ops, recordings=recordings)
+            kept.append((found, refine_with(**call, iterations=iterations, ops=ops)))
+    assert all(same(found, expected) for found, expected in kept)
+    assert not same(kept[0][0], kept[1][0])
+
+
+def _recorded_on_some(rank: int, world: int) -> None:
+    # 100 tokens on three ranks: 34, 34 and 32. The last rank alone is within the limit.
+    x = blobs(100)[:, rank * 34 : (rank + 1) * 34]
+    start = random_tokens(x, 6, (5, 1), 100, first=rank * 34, group=dist.group.WORLD)
+    recordings = Recordings(run_again, limit_bytes=2 * 33 * 8 * 4)
+    call = {"xs": [x], "starts": [start], "iterations": 5, "ops": OPS, "group": dist.group.WORLD}
+    assert (recordings.begun([x], [start], OPS) is not None) == (rank == 2)
+    for _ in range(2):
+        assert same(refine_with(**call, recordings=recordings), refine_with(**call))
+
+
+def test_a_rank_that_records_and_one_that_does_not_agree(spawn: Callable[..., None]) -> None:
+    spawn(3, _recorded_on_some)
 
 
 def _reduce(rank: int, world: int) -> None:

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from semvid.kernels.dispatch import select
 from semvid.kernels.layout import Tail
-from semvid.parallel.kmeans import means_of
+from semvid.parallel.kmeans import means_of, refine_with
 from semvid.runtime.cache import Memory
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.refresh import made_ready, plans_of
@@ -230,6 +230,26 @@ def test_orders_of_a_whole_sequence_are_not_kept_and_labels_are_short() -> None:
     # What lay beyond the 16 bits of a label would come back as another one.
     wide = kept.queries._replace(labels=torch.tensor([[40_000]]).int(), centroids=torch.zeros(1, 40_001, 1))
     assert kept._replace(queries=wide).short().queries.labels.tolist() == [[40_000]]
+
+
+def test_centroids_are_kept_in_the_dtype_of_the_tokens_and_started_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, started = make(tail="first", p=0.3), []
+
+    def watched(xs: Any, starts: list[Tensor], *rest: Any, **more: Any) -> Any:
+        started.append(starts)
+        return refine_with(xs, starts, *rest, **more)
+
+    monkeypatch.setattr("semvid.runtime.refresh.refine_with", watched)
+    for step in range(2):
+        session.enter(Position(step, 10, "cond"))
+        sparse_attention(*(x.bfloat16() for x in qkv(257)), session, 1, Refresh(2, seeded=step == 0))
+        kept = session.cache.get(1, "cond")
+        assert kept is not None
+        centroids = [side.centroids for side in kept[:2]]
+        assert [x.dtype for x in centroids] == [torch.bfloat16] * 2
+        if step == 0:
+            first = centroids
+    assert all(torch.equal(a, b.float()) for a, b in zip(started[1], first, strict=True))
 
 
 def test_branches_that_share_go_by_the_same_map_and_their_own_means() -> None:
