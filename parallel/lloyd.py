@@ -1,7 +1,7 @@
 """One of Lloyd's iterations over local tokens, and its launches recorded once and replayed.
 
-With few tokens a rank, launching some forty kernels an iteration takes longer than what they compute (2.1 ms of the
-host's time, 0.3 of an H200's with 12 heads of 16,380 tokens): replayed from a CUDA graph they are one launch.
+With few tokens a rank, launching some forty kernels an iteration takes longer than what they compute (1 to 2 ms of the
+host's time, 0.4 of an H200's with 12 heads of 16,380 tokens): replayed from a CUDA graph they are one launch.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Permutation
 from semvid.parallel.collectives import joined, separated
 
-# Tokens of all xs that are copied to where the recorded launches read them. With more of them there is work enough for
-# the device to keep it busy while the host launches, and the copies would take memory worth having.
-LIMIT_BYTES = 400 << 20
+# Tokens of all xs that are copied to where the recorded launches read them. With three times as many the device is busy
+# for as long as the host launches, and the copies would take memory worth having.
+LIMIT_BYTES = 128 << 20
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs what launches work, or not, and returns what launches the same work again."""
@@ -106,9 +106,11 @@ class Recordings:
         self._known: dict[tuple[object, ...], Recorded] = {}
 
     def begun(self, xs: Sequence[Tensor], starts: Sequence[Tensor], ops: Ops) -> Recorded | None:
-        """Returns the iteration over tokens of such shapes, begun; None where launching it anew is as well."""
+        """Returns the iteration over tokens of such shapes, begun; None where launching it anew is as well, or where
+        somebody else is recording the call: graphs don't nest.
+        """
         size = sum(x.numel() * x.element_size() for x in xs)
-        if size == 0 or size > self._limit or (self._record is None and not xs[0].is_cuda):
+        if size == 0 or size > self._limit or not (self._record or _can_record(xs[0])):
             return None
         key = (ops.name, *((x.shape, x.dtype, x.device, start.shape) for x, start in zip(xs, starts, strict=True)))
         known = self._known.get(key)
@@ -120,6 +122,10 @@ class Recordings:
     def clear(self) -> None:
         """Frees them."""
         self._known.clear()
+
+
+def _can_record(x: Tensor) -> bool:
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def _graph(body: Callable[[], None]) -> Callable[[], None]:
