@@ -22,6 +22,9 @@ from semvid.parallel.ranks import Ranks, hosts
 
 # Memory is taken with this much to spare, so that a layer with a split head more does not stop all ranks again.
 SPARE = 1.15
+# Views are of multiples of so many rows, so that layers that are cut otherwise share them: a new one keeps the host
+# waiting for the device.
+ROWS_STEP = 1 << 14
 TIMEOUT_MS = 600_000
 
 
@@ -46,10 +49,11 @@ class Windows:
         """Returns all ranks' windows; a collective, and a wait for the device, when memory must grow.
 
         Args:
-            q_rows: of queries and of results, the same on every rank.
+            q_rows: of queries and of results, the same on every rank; there may be more in the blocks.
             kv_rows: of keys and of values, likewise.
             like: says D and dtype.
         """
+        q_rows, kv_rows = (-(-rows // ROWS_STEP) * ROWS_STEP for rows in (q_rows, kv_rows))
         D, size = like.shape[-1], like.element_size()
         grown = self._inputs.reserve((q_rows + 2 * kv_rows) * D * size, like.device)
         if self._results.reserve(q_rows * D * size, like.device) or grown:

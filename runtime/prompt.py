@@ -65,8 +65,9 @@ class Prompt(NamedTuple):
     def counted(self, counts: Counts) -> Counts:
         """Returns what an exchange is planned from, with the prompt's tokens."""
         queries, keys, computed = counts
-        shards = torch.tensor(self.of_shards(), dtype=queries.dtype, device=queries.device)
-        shards = shards[:, None, None].expand(-1, queries.shape[1], 1)
+        # `of_shards` from the host would keep it waiting for the device.
+        begins = torch.arange(self.rows.ranks, dtype=queries.dtype, device=queries.device) * self.rows.rows
+        shards = (self.tokens - begins).clamp(0, self.rows.rows)[:, None, None].expand(-1, queries.shape[1], 1)
         everything = keys.sum((0, 2), dtype=computed.dtype)[:, None]
         return Counts(
             torch.cat([queries, shards], dim=2),

@@ -1,5 +1,6 @@
 """The direct exchange: threads stand for the ranks of one host, and their memory for the windows."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.ring import Attend, attend_through_windows
 from semvid.parallel.shard import Shard
-from semvid.parallel.windows import Views
+from semvid.parallel.windows import ROWS_STEP, Views, Windows
 
 OPS = select("reference", torch.device("cpu"))
 
@@ -178,3 +179,33 @@ def test_a_refresh_waits_for_the_loads_of_the_one_before_and_not_for_its_own(mon
     x = [torch.randn(3, 6, 8) for _ in range(3)]
     other = exchange_of(0, 2, case(3, 12, 1), x, second)
     assert waited[2:] == [other.loads]
+
+
+class Reserved:
+    """Stands in for symmetric memory, this rank's for everyone's."""
+
+    def __init__(self) -> None:
+        self.handle, self.memory = self, torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int, device: torch.device) -> bool:
+        grows = self.memory.numel() < size
+        if grows:
+            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        return grows
+
+    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        return self.memory.view(dtype)[start : start + size].view(shape)
+
+
+def test_layers_cut_otherwise_share_views_with_room_for_each() -> None:
+    windows = Windows(Ranks(Mesh(ulysses=2)))
+    windows._inputs, windows._results = Reserved(), Reserved()  # type: ignore[assignment]
+    like = torch.empty(1, 1, 4)
+    first = windows.views(ROWS_STEP - 7, 2 * ROWS_STEP + 1, like)
+    assert windows.views(5, 3 * ROWS_STEP, like) is first
+    assert [view.blocks[0].shape[1] // ROWS_STEP for view in first] == [1, 3, 3, 1]
+    places = [view.blocks[1].data_ptr() for view in first[:3]]
+    sizes = [view.blocks[1].nbytes for view in first[:3]]
+    assert [b - a for a, b in itertools.pairwise(places)] == sizes[:2]
+    assert windows.views(ROWS_STEP + 1, 1, like) is not first

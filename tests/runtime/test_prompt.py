@@ -54,6 +54,23 @@ def test_the_prompt_is_computed_with_everything() -> None:
     assert counts.keys_computed.dtype == torch.int32
 
 
+@pytest.mark.parametrize(("tokens", "ranks"), [(5, 1), (5, 2), (3, 3), (8, 3), (0, 2)])
+def test_every_shards_prompt_tokens_are_counted(tokens: int, ranks: int) -> None:
+    prompt, none = Prompt(tokens, Shard(0, ranks, 8)), torch.zeros(ranks, 1, 1, dtype=torch.int32)
+    counts = prompt.counted(Counts(none, none, none[0]))
+    assert counts.queries[:, 0, 1].tolist() == counts.keys[:, 0, 1].tolist() == prompt.of_shards()
+
+
+@pytest.mark.gpu
+def test_counting_the_prompt_never_waits_for_the_device() -> None:
+    counts = Counts(*(torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in ((2, 3, 4), (2, 3, 5), (3, 4))))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        Prompt(7, Shard(1, 2, 8)).counted(counts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_nothing_stands_in_for_the_prompt() -> None:
     tail = Prompt(3, Shard(0, 1, 4)).stood_in(Tail(torch.ones(2, 5, 4), torch.ones(2, 5, 6), torch.ones(2, 5)))
     assert (tail.k_mean.shape, tail.v_mean.shape) == ((2, 6, 4), (2, 6, 6))
