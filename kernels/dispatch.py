@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import Addresses, BlockMap, Permutation, Plan, Rows8, Shared
+from semvid.kernels.layout import BlockMap, Permutation, Plan, Rows8, Shared, Way
 
 _TRITON = ("kmeans", "permute", "top_p", "runs", "attention", "merge", "rotary", "routes", "fused", "fp8")
 # Each backend's modules, an op is taken from the first that has it; the best backend comes last.
@@ -39,8 +39,8 @@ class Ops(NamedTuple):
     group: Callable[[Tensor, int], Permutation]
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     scatter_rows: Callable[..., Tensor]
-    scatter_among: Callable[[Tensor, Tensor, Shared, Tensor, Tensor], None]
-    gather_among: Callable[[Shared, Tensor, Tensor, Tensor, Tensor], None]
+    scatter_among: Callable[[Tensor, Way, Shared], None]
+    gather_among: Callable[[Shared, Way, Tensor], None]
     top_p_map: Callable[..., BlockMap]
     density: Callable[[BlockMap, Tensor, Tensor], Tensor]
     plan: Callable[[Tensor, Tensor, BlockMap], Plan]
@@ -54,7 +54,7 @@ class Ops(NamedTuple):
     linear8: Callable[[Rows8, Rows8, Tensor | None, torch.dtype], Tensor]
     source_rows: Callable[..., list[Tensor]]
     target_rows: Callable[[Tensor, Tensor, Tensor, int, int, int], tuple[Tensor, Tensor]]
-    addresses: Callable[..., Addresses]
+    addresses: Callable[[Tensor, int, int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     unpack_map: Callable[[Tensor, Tensor, int], Tensor]
 
 

@@ -91,17 +91,17 @@ class Shared(NamedTuple):
     """Whether all begin at a multiple of 16 bytes and 16 elements from the first."""
 
 
-class Addresses(NamedTuple):
-    """Where this rank's rows lie, and where on which rank they belong."""
+class Way(NamedTuple):
+    """Where on which rank the rows of [H, n, D] belong: all rows of a head for each of S spans."""
 
-    sources: list[Tensor]
-    """int32 [1, R] each: rows of a flat local tensor."""
+    heads: Tensor
+    """int64 [S], may be strided: whose rows a span has."""
+    order: Tensor
+    """int32 [H, n]: the tokens of each head in the order in which a span lists them."""
     ranks: Tensor
-    """uint8 [1, R]."""
+    """uint8 [S, n]."""
     targets: Tensor
-    """int32 [1, R]: the row in that rank's block."""
-    offsets: Tensor
-    """int32 [G, C + 1]: the runs of each own piece's clusters."""
+    """int32 [S, n]: the row in that rank's block."""
 
 
 def shared(blocks: list[Tensor], device: torch.device) -> Shared:
@@ -120,6 +120,23 @@ def shared(blocks: list[Tensor], device: torch.device) -> Shared:
     steps = [(place - places[0]) // size for place in places]
     found = torch.tensor(steps, dtype=torch.int64, device=device)
     return Shared(blocks, found, all(p % 16 == 0 for p in places) and all(step % 16 == 0 for step in steps))
+
+
+def check_way(x: Tensor, way: Way, blocks: Shared) -> tuple[int, int, int]:
+    """Returns (S, n, D) of rows of x that go to blocks or come from them.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the others, or a row of x is not contiguous.
+    """
+    H, n, D = check_rows("x", x)
+    (S,), far = way.heads.shape, blocks.blocks[0]
+    check_index("order", way.order, (H, n))
+    check_index("targets", way.targets, (S, n))
+    if way.ranks.dtype != torch.uint8 or tuple(way.ranks.shape) != (S, n):
+        raise ValueError(f"ranks must be uint8 [{S}, {n}], not {way.ranks.dtype} {list(way.ranks.shape)}")
+    if far.dtype != x.dtype or far.shape[2] != D or (D > 1 and x.stride(2) != 1):
+        raise ValueError(f"rows must be contiguous {far.dtype} of {far.shape[2]}, not {x.dtype} of {D}")
+    return S, n, D
 
 
 def check_rows(name: str, x: Tensor) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semvid.kernels.layout import Permutation, Shared, check_index, check_rows
+from semvid.kernels.layout import Permutation, Shared, Way, check_index, check_rows, check_way
 
 # Tokens that one warp sorts in registers. A power of two: a sort key is label · BLOCK + position.
 SORT_BLOCK = 1024
@@ -77,30 +77,30 @@ def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     return out
 
 
-def scatter_among(x: Tensor, source: Tensor, blocks: Shared, ranks: Tensor, targets: Tensor) -> None:
-    """Copies rows of x into the ranks' blocks: blocks[ranks[i]][targets[i]] = x[source[i]]; the rest stays.
+def scatter_among(x: Tensor, way: Way, blocks: Shared) -> None:
+    """Copies rows into the ranks' blocks: blocks[ranks[s, i]][targets[s, i]] = x[h, order[h, i]] with h = heads[s].
+
+    What no row goes to stays.
 
     Args:
-        x: [1, N, D], any floating dtype.
-        source: int32 [1, R].
+        x: [H, n, D], any floating dtype; heads and tokens may be strided.
+        way: its targets are different places on each rank.
         blocks: of x's dtype and D; they may lie in the memory of other GPUs.
-        ranks: uint8 [1, R].
-        targets: int32 [1, R], different places on each rank.
     """
-    _launch_among(x, source, blocks, ranks, targets, fetch=False)
+    _launch_among(x, way, blocks, fetch=False)
 
 
-def gather_among(blocks: Shared, ranks: Tensor, targets: Tensor, out: Tensor, places: Tensor) -> None:
-    """Copies rows of the ranks' blocks to places in out: out[places[i]] = blocks[ranks[i]][targets[i]]; the rest stays.
+def gather_among(blocks: Shared, way: Way, out: Tensor) -> None:
+    """Copies rows from the ranks' blocks: out[h, order[h, i]] = blocks[ranks[s, i]][targets[s, i]] with h = heads[s].
+
+    The heads of no span stay.
 
     Args:
         blocks: of out's dtype and D; they may lie in the memory of other GPUs.
-        ranks: uint8 [1, R].
-        targets: int32 [1, R].
-        out: [1, N, D], any floating dtype.
-        places: int32 [1, R], different ones.
+        way: of different heads.
+        out: [H, n, D], any floating dtype; heads and tokens may be strided.
     """
-    _launch_among(out, places, blocks, ranks, targets, fetch=True)
+    _launch_among(out, way, blocks, fetch=True)
 
 
 def with_packed_rows(x: Tensor) -> Tensor:
@@ -108,23 +108,17 @@ def with_packed_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch_among(near: Tensor, places: Tensor, blocks: Shared, ranks: Tensor, targets: Tensor, *, fetch: bool) -> None:
-    _, _, D = check_rows("x", near)
-    R = places.shape[1]
-    check_index("places", places, (1, R))
-    check_index("targets", targets, (1, R))
-    far = blocks.blocks[0]
-    if ranks.dtype != torch.uint8 or tuple(ranks.shape) != (1, R):
-        raise ValueError(f"ranks must be uint8 [1, {R}], not {ranks.dtype} {list(ranks.shape)}")
-    if far.dtype != near.dtype or far.shape[2] != D or not near.is_contiguous():
-        raise ValueError(f"rows must be contiguous {far.dtype} of {far.shape[2]}, not {near.dtype} of {D}")
-    if R == 0 or D == 0:
+def _launch_among(near: Tensor, way: Way, blocks: Shared, *, fetch: bool) -> None:
+    S, n, D = check_way(near, way, blocks)
+    if S * n == 0 or D == 0:
         return
     block_d = triton.next_power_of_2(D)
     rows = max(1, min(1024, BYTES_MOVED // (block_d * near.element_size())))
-    num_blocks = triton.cdiv(R, rows)
-    _move_among[(num_blocks,)](
-        near, places, far, blocks.steps, ranks, targets, R, _coprime(num_blocks),
+    of_span = triton.cdiv(n, rows)
+    _move_among[(S * of_span,)](
+        near, near.stride(0), near.stride(1), way.heads, way.heads.stride(0), way.order.contiguous(),
+        blocks.blocks[0], blocks.steps, way.ranks.contiguous(), way.targets.contiguous(), n, of_span,
+        _coprime(S * of_span),
         D=D, BLOCK_D=block_d, ROWS=rows, FETCH=fetch, STEP=16 if blocks.aligned else 1, num_warps=4,
     )  # fmt: skip
 
@@ -248,27 +242,30 @@ def _move_rows(
 
 
 @triton.jit(
-    do_not_specialize=["R", "stride"],
-    do_not_specialize_on_alignment=["places_ptr", "ranks_ptr", "targets_ptr"],
+    do_not_specialize=["heads_step", "n", "of_span", "stride"],
+    do_not_specialize_on_alignment=["heads_ptr", "order_ptr", "ranks_ptr", "targets_ptr"],
 )
 def _move_among(
-    near_ptr, places_ptr, far_ptr, steps_ptr, ranks_ptr, targets_ptr, R, stride,
+    near_ptr, near_stride_h, near_stride_n, heads_ptr, heads_step, order_ptr, far_ptr, steps_ptr, ranks_ptr,
+    targets_ptr, n, of_span, stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, FETCH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """far[rank[i]][target[i]] = near[place[i]], or the other way if FETCH.
+    """far[rank[s, i]][target[s, i]] = near[head[s], order[head[s], i]], or the other way if FETCH.
 
     Programs that run together take rows from everywhere in the list, so that no rank is everyone's at once.
     """
     block = (tl.program_id(0).to(tl.int64) * stride) % tl.num_programs(0)
-    i = block * ROWS + tl.arange(0, ROWS)
+    span = block // of_span
+    i = (block % of_span) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    here = i < R
-    place = tl.load(places_ptr + i, mask=here, other=0).to(tl.int64)
-    rank = tl.load(ranks_ptr + i, mask=here, other=0).to(tl.int32)
-    target = tl.load(targets_ptr + i, mask=here, other=0).to(tl.int64)
+    here = i < n
+    head = tl.load(heads_ptr + span * heads_step)
+    token = tl.load(order_ptr + head * n + i, mask=here, other=0).to(tl.int64)
+    rank = tl.load(ranks_ptr + span * n + i, mask=here, other=0).to(tl.int32)
+    target = tl.load(targets_ptr + span * n + i, mask=here, other=0).to(tl.int64)
     step = tl.multiple_of(tl.load(steps_ptr + rank, mask=here, other=0), STEP)
     inside = here[:, None] & (d < D)[None, :]
-    near = near_ptr + place[:, None] * D + d[None, :]
+    near = near_ptr + (head * near_stride_h + token * near_stride_n)[:, None] + d[None, :]
     far = far_ptr + (step + target * D)[:, None] + d[None, :]
     if FETCH:
         tl.store(near, tl.load(far, mask=inside), mask=inside)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semvid.kernels.layout import Addresses, check_index
+from semvid.kernels.layout import check_index
 from semvid.kernels.runs import count_up_to
 
 ROWS = 1024
@@ -57,35 +57,31 @@ def target_rows(
 
 
 def addresses(
-    order: Tensor, counts: Tensor, source: int, pieces: Tensor, spans: Tensor, cuts: Tensor, *steps: tuple[int, int]
-) -> Addresses:
-    """Returns where one source's rows lie and belong: n rows for each span, in the order of their labels.
+    counts: Tensor, source: int, n: int, pieces: Tensor, spans: Tensor, cuts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns where one source's rows belong, in the order of their labels, and the runs of some pieces' clusters.
 
-    Rows of a head are counted through its clusters, in a cluster source by source; a cut takes a stretch of them.
+    Rows of a head are counted through its clusters, in a cluster source by source; a cut takes a stretch of them. What
+    is returned: ranks, uint8 [S, n], rows in those ranks' blocks, int32 [S, n], and runs, int32 [G, C + 1].
 
     Args:
-        order: int32 [H, n]: the source's tokens of each head in the order of their labels.
         counts: int32 [U, H, C], each source's tokens in each cluster; sources and heads may be strided.
         source: which.
+        n: its tokens, in each head.
         pieces: int64 [H + G, 4]: head, first row, one after the last, and the place of the first; every head as a
             whole, then the pieces whose runs are wanted.
         spans: int64 [S, 3]: a head, and the first and one after the last of `cuts` among which its rows are.
         cuts: int64 [T, 4]: first row, one after the last, rank, and the place of the first in that rank's block.
-        steps: (rows from head to head, rows from token to token) of a tensor that is read or written, one or two.
     """
-    check_index("order", order, tuple(order.shape))
-    (H, n), C, S = order.shape, counts.shape[2], len(spans)
+    (_, H, C), S = counts.shape, len(spans)
     offsets, ends, shifts = _clipped(counts, pieces, source, 1)
-    found = [torch.empty(1, S * n, dtype=torch.int32, device=order.device) for _ in steps]
-    ranks = torch.empty(1, S * n, dtype=torch.uint8, device=order.device)
-    targets = torch.empty(1, S * n, dtype=torch.int32, device=order.device)
+    ranks = torch.empty(S, n, dtype=torch.uint8, device=counts.device)
+    targets = torch.empty(S, n, dtype=torch.int32, device=counts.device)
     if S * n > 0:
-        other = len(steps) - 1
         _addresses[(triton.cdiv(n, ROWS), S)](
-            order, ends, shifts, spans, cuts, found[0], found[other], ranks, targets, n, C, C.bit_length(),
-            *steps[0], *steps[other], TWO=other > 0, BLOCK=ROWS,
-        )  # fmt: skip
-    return Addresses(found, ranks, targets, offsets[H:])
+            ends, shifts, spans, cuts, ranks, targets, n, C, C.bit_length(), BLOCK=ROWS
+        )
+    return ranks, targets, offsets[H:]
 
 
 def unpack_map(bits: Tensor, heads: Tensor, Ck: int) -> Tensor:
@@ -188,11 +184,8 @@ def _target_rows(ends, shifts, begins, targets, C, steps, BLOCK: tl.constexpr):
     tl.store(targets + tl.load(begins + place) + i, i + shift, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["order", "ends", "spans", "cuts", "ranks"])
-def _addresses(
-    order, ends, shifts, spans, cuts, out_a, out_b, ranks, targets, n, C, steps, head_a, token_a, head_b, token_b,
-    TWO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["ends", "spans", "cuts"])
+def _addresses(ends, shifts, spans, cuts, ranks, targets, n, C, steps, BLOCK: tl.constexpr):
     span = tl.program_id(1).to(tl.int64)
     head, cut, last_cut = tl.load(spans + span * 3), tl.load(spans + span * 3 + 1), tl.load(spans + span * 3 + 2)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -211,10 +204,6 @@ def _addresses(
     place = span * n + i
     tl.store(ranks + place, rank.to(tl.uint8), mask=inside)
     tl.store(targets + place, target, mask=inside)
-    token = tl.load(order + head * n + i, mask=inside, other=0)
-    tl.store(out_a + place, (head * head_a + token * token_a).to(tl.int32), mask=inside)
-    if TWO:
-        tl.store(out_b + place, (head * head_b + token * token_b).to(tl.int32), mask=inside)
 
 
 @triton.jit

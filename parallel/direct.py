@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
-from semvid.kernels.layout import Permutation
+from semvid.kernels.layout import Permutation, Way
 from semvid.parallel.arrival import OnItsWay
 from semvid.parallel.balance import WHOLE_HEADS_TOLERANCE, Ints, Piece, balance, cost
-from semvid.parallel.exchange import Counts, Layout, on_device
+from semvid.parallel.exchange import Counts, on_device
 from semvid.parallel.itinerary import Placement, longest, places, table
 from semvid.parallel.phases import phase
 from semvid.parallel.ranks import Ranks
@@ -56,18 +56,6 @@ class ComingLoads:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """Where this rank's rows of q, k or v lie, and where on which rank they belong."""
-
-    source: Tensor
-    """int32 [1, R]: the row of the flat local tensor."""
-    ranks: Tensor
-    """uint8 [1, R]."""
-    targets: Tensor
-    """int32 [1, R]: the row in that rank's window."""
-
-
-@dataclass(frozen=True, slots=True)
 class DirectExchange:
     """What this rank sends, receives and computes in one layer; kept while its map is reused."""
 
@@ -78,23 +66,19 @@ class DirectExchange:
     heads: Tensor
     """int64 [pieces]: the head of each."""
     queries: Way
+    """Of q to the ranks' windows, and of results home."""
     keys: Way
-    values: Way
-    home: Tensor
-    """int32 [1, rows]: where each returning row belongs in [q_rows, H] rows, in the order of `queries`."""
+    """Of k and v."""
     q_offsets: Tensor
     """int32 [pieces, Cq + 1]: the runs of each piece's query clusters; most are empty in a part of a head."""
     k_offsets: list[Tensor]
     """int32 [pieces, Ck + 1]: the runs of its key clusters; of one hop, all ranks' keys at once."""
     q_rows: int
     """Of q on this rank: its tokens, and anchors."""
-    num_heads: int
     piece_rows: tuple[int, int]
     """Of each piece's queries and keys in this rank's window; a piece may use fewer."""
     room: tuple[int, int]
     """Rows of the largest joined queries and of the largest joined keys of any rank."""
-    layouts: tuple[Layout, Layout, Layout]
-    """How q, k and v lay in memory when it was planned, and must lie."""
     loads: ComingLoads
     """Of this refresh, for the next one's cuts."""
     early: bool
@@ -112,7 +96,7 @@ class DirectExchange:
 
     def rows_sent(self, rank: int) -> int:
         """Returns how many rows rank `rank`, this one, sends to others: q, k and v there, out back. Waits."""
-        there = sum(int((way.ranks != rank).sum()) for way in (self.queries, self.keys, self.values))
+        there = sum(int((way.ranks != rank).sum()) for way in (self.queries, self.keys, self.keys))
         own = int((self.queries.ranks == rank).sum())
         return there + sum(piece.last - piece.first for piece in self.pieces) - own
 
@@ -120,7 +104,6 @@ class DirectExchange:
 def plan_direct(
     counts: Counts,
     permutations: tuple[Permutation, Permutation],
-    layouts: tuple[Layout, Layout, Layout],
     ranks: Ranks,
     ops: Ops,
     place_work: Placement = balance,
@@ -131,14 +114,14 @@ def plan_direct(
     Args:
         counts: gathered; see `Counts`.
         permutations: this rank's order of its queries and of its keys.
-        layouts: of q, k and v.
         ranks: the mesh, of one ring row, and this rank's place on it.
         ops: the backend.
         place_work: cuts the work into parts.
         before: the exchange of the refresh before, the same on every rank.
     """
     assert ranks.mesh.ring == 1, "windows serve one ring row"
-    (H, n), me = permutations[0].order.shape, ranks.shard
+    of_q, of_k = (side.order for side in permutations)
+    (H, n), me = of_q.shape, ranks.shard
     loads = ComingLoads(counts)
     early = before is not None and _fits(before, counts, n)
     known = before.loads.wait() if before is not None and early else loads.wait()
@@ -148,28 +131,23 @@ def plan_direct(
         of_queries = _tables(parts, me, H, int(known.rows[0].sum()))
         of_keys = _key_tables(parts, me, H, known.key_rows)
         tables = on_device([*of_queries, *of_keys], counts.queries)
-    q_steps = layouts[0], Layout(1, H)
-    queries = ops.addresses(permutations[0].order, counts.queries, me, *tables[:3], *q_steps)
-    keys = ops.addresses(permutations[1].order, counts.keys, me, *tables[3:], *layouts[1:])
+    *queries, q_offsets = ops.addresses(counts.queries, me, n, *tables[:3])
+    *keys, k_offsets = ops.addresses(counts.keys, me, of_k.shape[1], *tables[3:])
     mine, rows = parts[me], [longest(part) for part in parts]
     return DirectExchange(
         parts,
         mine,
         tables[0][H:, 0],
-        Way(queries.sources[0], queries.ranks, queries.targets),
-        Way(keys.sources[0], keys.ranks, keys.targets),
-        Way(keys.sources[1], keys.ranks, keys.targets),
-        queries.sources[1],
-        queries.offsets,
-        [keys.offsets],
+        Way(tables[1][:, 0], of_q, *queries),
+        Way(tables[4][:, 0], of_k, *keys),
+        q_offsets,
+        [k_offsets],
         n,
-        H,
         (rows[me], known.key_rows),
         (
             max(len(part) * most for part, most in zip(parts, rows, strict=True)),
             known.key_rows * max(len(part) for part in parts),
         ),
-        layouts,
         loads,
         early,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from semvid.kernels.dispatch import Ops
 from semvid.parallel.collectives import Arrival, Group
 from semvid.parallel.direct import DirectExchange
-from semvid.parallel.exchange import Exchange, flat_rows
+from semvid.parallel.exchange import Exchange
 from semvid.parallel.phases import phase
 from semvid.parallel.windows import Windows
 
@@ -72,12 +72,12 @@ def attend_through_windows(
         ops: the backend.
         windows: of the ranks that share the sequence.
     """
-    me, D, G = windows.ranks.shard, q.shape[2], len(exchange.pieces)
+    (H, n, D), me, G = q.shape, windows.ranks.shard, len(exchange.pieces)
     far = windows.views(*exchange.room, q)
     with phase("exchange"):
-        ways = (exchange.keys, k, far.keys), (exchange.values, v, far.values), (exchange.queries, q, far.queries)
-        for way, x, blocks in ways:
-            ops.scatter_among(flat_rows(x), way.source, blocks, way.ranks, way.targets)
+        of_keys = exchange.keys
+        for x, way, blocks in ((k, of_keys, far.keys), (v, of_keys, far.values), (q, exchange.queries, far.queries)):
+            ops.scatter_among(x, way, blocks)
     with phase("wait"):
         windows.barrier()
     with phase("attend"):
@@ -89,10 +89,10 @@ def attend_through_windows(
     with phase("wait"):
         windows.barrier()
     with phase("return"):
-        way = exchange.queries
-        home = torch.empty(1, exchange.q_rows * exchange.num_heads, D, dtype=q.dtype, device=q.device)
-        ops.gather_among(far.results, way.ranks, way.targets, home, exchange.home)
-        return home.view(exchange.q_rows, exchange.num_heads, D).transpose(0, 1)
+        # As the model wants results: tokens first.
+        home = torch.empty(n, H, D, dtype=q.dtype, device=q.device).transpose(0, 1)
+        ops.gather_among(far.results, exchange.queries, home)
+        return home
 
 
 def _depart(k: Tensor, v: Tensor, exchange: Exchange, hop: int, ops: Ops, group: Group) -> tuple[Arrival, Arrival]:

@@ -20,8 +20,9 @@ ATTENTION_COPIES = 12
 MODULATION_COPIES = 4
 # Feed-forward: before and after the activation.
 FEED_FORWARD_COPIES = 2
-# Of a row of a head: four sources, two targets in words, their ranks in bytes; see semvid.parallel.direct.
-WAYS = 4 * 4 + 2 * 4 + 2
+# Of a row of a head that travels: the orders of queries and keys, two targets, their ranks in bytes (see
+# semvid.parallel.direct); with a ring sources and targets of q and of the way home, and those of k and v at every hop.
+WAYS, ROUTES, ROUTES_OF_HOP = 2 * 4 + 2 * 4 + 2, 3 * 4, 3 * 4
 # What rows that GPUs share are allotted over what they need; see semvid.parallel.windows.
 WINDOW_SPARE = 1.25
 # The CUDA context, libraries' workspaces, the tokens of recorded iterations (semvid.parallel.lloyd), and what the
@@ -106,7 +107,7 @@ def predict(
         encoders=HALF * sum(encoder.parameters for encoder in model.encoders),
         activations=_activations(model, rows, per_token=model.family.name == "wan2.2-ti2v"),
         windows=_windows(model, rows) if mesh.sequence > 1 and mesh.ring == 1 else 0,
-        state=_state(model, attention, tokens, rows, shared=mesh.sequence > 1) * (2 if apart else 1),
+        state=_state(model, attention, tokens, rows, mesh) * (2 if apart else 1),
         decode=decode_bytes(model.vae, video.frames, video.height * video.width, tiled=tiled),
         tiled=tiled,
     )
@@ -177,7 +178,7 @@ def _windows(model: Published, rows: int) -> int:
     return round(4 * HALF * rows * model.width * WINDOW_SPARE)
 
 
-def _state(model: Published, attention: AttentionConfig, tokens: int, rows: int, *, shared: bool) -> int:
+def _state(model: Published, attention: AttentionConfig, tokens: int, rows: int, mesh: Mesh) -> int:
     """Returns what one branch keeps of all sparse layers of the transformer that runs."""
     if attention.method == "dense":
         return 0
@@ -185,9 +186,9 @@ def _state(model: Published, attention: AttentionConfig, tokens: int, rows: int,
     query, key = cluster_counts(attention, tokens)
     # Centroids and the map.
     layer = HALF * (query + key) * width + heads * query * key // 8
-    if shared:
-        # Rows sent and where they belong: q, k, v and the way home.
-        layer += WAYS * heads * rows
+    if mesh.sequence > 1:
+        ways = WAYS if mesh.ring == 1 else ROUTES + ROUTES_OF_HOP * mesh.ring
+        layer += ways * heads * rows
     # Labels of queries and keys.
     layer += 2 * HALF * heads * rows
     return layer * max(0, model.geometry.layers - attention.dense_layers)

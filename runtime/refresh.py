@@ -314,7 +314,7 @@ def exchange_of(
     if session.windows is None:
         return plan_exchange(counts, orders, layouts, ranks, ops, place_work)
     last = before if isinstance(before, DirectExchange) else None
-    return plan_direct(counts, orders, layouts, ranks, ops, place_work, last)
+    return plan_direct(counts, orders, ranks, ops, place_work, last)
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:

@@ -153,11 +153,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Tensor
 
 def _across(q: Tensor, k: Tensor, v: Tensor, exchange: AnyExchange, attend: Attend, session: Session) -> Tensor:
     """Returns attention across the ranks that share the sequence, by the fastest way they have, [H, n, D]."""
-    if exchange.layouts != (layout(q), layout(k), layout(v)):
-        raise ValueError("q, k or v lies otherwise in memory than when the clusters were made; reset() begins anew")
     if isinstance(exchange, DirectExchange):
         assert session.windows is not None
         return attend_through_windows(q, k, v, exchange, attend, session.ops, session.windows)
+    if exchange.layouts != (layout(q), layout(k), layout(v)):
+        raise ValueError("q, k or v lies otherwise in memory than when the clusters were made; reset() begins anew")
     return attend_exchanged(q, k, v, exchange, attend, session.ops, session.ranks.sequence)
 
 

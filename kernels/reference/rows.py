@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import Addresses, Shared, check_index, check_rows
+from semvid.kernels.layout import Shared, Way, check_index, check_rows, check_way
 
 
 def gather_rows(x: Tensor, order: Tensor) -> Tensor:
@@ -30,34 +30,40 @@ def scatter_rows(x: Tensor, order: Tensor, rows: int | None = None) -> Tensor:
     return out.scatter_(1, order.long()[..., None].expand_as(x), x)
 
 
-def scatter_among(x: Tensor, source: Tensor, blocks: Shared, ranks: Tensor, targets: Tensor) -> None:
-    """Copies rows of x into the ranks' blocks: blocks[ranks[i]][targets[i]] = x[source[i]]; the rest stays.
+def scatter_among(x: Tensor, way: Way, blocks: Shared) -> None:
+    """Copies rows into the ranks' blocks: blocks[ranks[s, i]][targets[s, i]] = x[h, order[h, i]] with h = heads[s].
+
+    What no row goes to stays.
 
     Args:
-        x: [1, N, D].
-        source: int32 [1, R].
+        x: [H, n, D].
+        way: its targets are different places on each rank.
         blocks: of x's dtype and D.
-        ranks: uint8 [1, R].
-        targets: int32 [1, R], different places on each rank.
     """
-    for rank, block in enumerate(blocks.blocks):
-        going = ranks[0] == rank
-        block[0, targets[0, going].long()] = x[0, source[0, going].long()]
+    check_way(x, way, blocks)
+    for span, head in enumerate(way.heads.tolist()):
+        rows, targets = x[head, way.order[head].long()], way.targets[span].long()
+        for rank, block in enumerate(blocks.blocks):
+            going = way.ranks[span] == rank
+            block[0, targets[going]] = rows[going]
 
 
-def gather_among(blocks: Shared, ranks: Tensor, targets: Tensor, out: Tensor, places: Tensor) -> None:
-    """Copies rows of the ranks' blocks to places in out: out[places[i]] = blocks[ranks[i]][targets[i]]; the rest stays.
+def gather_among(blocks: Shared, way: Way, out: Tensor) -> None:
+    """Copies rows from the ranks' blocks: out[h, order[h, i]] = blocks[ranks[s, i]][targets[s, i]] with h = heads[s].
+
+    The heads of no span stay.
 
     Args:
         blocks: of out's dtype and D.
-        ranks: uint8 [1, R].
-        targets: int32 [1, R].
-        out: [1, N, D].
-        places: int32 [1, R], different ones.
+        way: of different heads.
+        out: [H, n, D].
     """
-    for rank, block in enumerate(blocks.blocks):
-        coming = ranks[0] == rank
-        out[0, places[0, coming].long()] = block[0, targets[0, coming].long()]
+    check_way(out, way, blocks)
+    for span, head in enumerate(way.heads.tolist()):
+        tokens, targets = way.order[head].long(), way.targets[span].long()
+        for rank, block in enumerate(blocks.blocks):
+            coming = way.ranks[span] == rank
+            out[head, tokens[coming]] = block[0, targets[coming]]
 
 
 def source_rows(order: Tensor, spans: Tensor, total: int, *steps: tuple[int, int]) -> list[Tensor]:
@@ -109,27 +115,26 @@ def target_rows(
 
 
 def addresses(
-    order: Tensor, counts: Tensor, source: int, pieces: Tensor, spans: Tensor, cuts: Tensor, *steps: tuple[int, int]
-) -> Addresses:
-    """Returns where one source's rows lie and belong: n rows for each span, in the order of their labels.
+    counts: Tensor, source: int, n: int, pieces: Tensor, spans: Tensor, cuts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns where one source's rows belong, in the order of their labels, and the runs of some pieces' clusters.
 
-    Rows of a head are counted through its clusters, in a cluster source by source; a cut takes a stretch of them.
+    Rows of a head are counted through its clusters, in a cluster source by source; a cut takes a stretch of them. What
+    is returned: ranks, uint8 [S, n], rows in those ranks' blocks, int32 [S, n], and runs, int32 [G, C + 1].
 
     Args:
-        order: int32 [H, n]: the source's tokens of each head in the order of their labels.
         counts: int32 [U, H, C], each source's tokens in each cluster.
         source: which.
+        n: its tokens, in each head.
         pieces: int64 [H + G, 4]: head, first row, one after the last, and the place of the first; every head as a
             whole, then the pieces whose runs are wanted.
         spans: int64 [S, 3]: a head, and the first and one after the last of `cuts` among which its rows are.
         cuts: int64 [T, 4]: first row, one after the last, rank, and the place of the first in that rank's block.
-        steps: (rows from head to head, rows from token to token) of a tensor that is read or written, one or two.
     """
-    check_index("order", order, tuple(order.shape))
-    H, n = order.shape
-    begins = torch.arange(H, device=order.device)[None] * n
+    H = counts.shape[1]
+    begins = torch.arange(H, device=counts.device)[None] * n
     rows = target_rows(counts, pieces[:H], begins, source, H * n, n)[0].view(H, n)
-    tokens, ranks, targets = [], [], []
+    ranks, targets = [], []
     for head, first_cut, last_cut in spans.tolist():
         row = rows[head]
         rank, target = torch.zeros_like(row), torch.zeros_like(row)
@@ -137,12 +142,10 @@ def addresses(
             inside = (row >= first) & (row < last)
             rank[inside] = of_rank
             target[inside] = row[inside] - first + place
-        tokens.append([head * h + order[head] * t for h, t in steps])
         ranks.append(rank)
         targets.append(target)
-    sources = [torch.cat([x[i] for x in tokens]).to(torch.int32)[None] for i in range(len(steps))]
     _, offsets = target_rows(counts, pieces[H:], begins[:, :0], 0, 0, 0)
-    return Addresses(sources, torch.cat(ranks).to(torch.uint8)[None], torch.cat(targets)[None], offsets)
+    return torch.stack(ranks).to(torch.uint8), torch.stack(targets), offsets
 
 
 def _counted(starts: Tensor, lengths: Tensor, total: int) -> Tensor:

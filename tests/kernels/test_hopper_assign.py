@@ -1,5 +1,7 @@
 """`assign` for Hopper against the Triton one. On a CPU: what is refused, and what is handed to the launch."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from semvid.kernels import hopper, hopper_assign, kmeans, reference
 from semvid.kernels.dispatch import missing
+
+NoSync = Callable[[], AbstractContextManager[None]]
 
 DTYPES = [torch.bfloat16, torch.float16]
 LAYOUTS = ["packed", "heads inside", "part of a larger one"]
@@ -224,10 +228,11 @@ def test_addresses_past_two_to_the_31_are_right(gpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_no_sync")
-def test_labels_never_wait_for_the_host(gpu: torch.device) -> None:
-    x = torch.randn(4, 5000, 128, device=gpu, dtype=torch.bfloat16)
-    hopper_assign.assign(x, torch.randn(4, 100, 128, device=gpu))
+def test_labels_never_wait_for_the_host(gpu: torch.device, no_sync: NoSync) -> None:
+    x, centroids = clustered(4, 5000, 100, 128, torch.bfloat16, gpu)
+    with no_sync():
+        labels = hopper_assign.assign(x, centroids)
+    assert torch.equal(labels, kmeans.assign(x, centroids))
 
 
 @pytest.mark.gpu

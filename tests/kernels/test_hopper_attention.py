@@ -5,7 +5,8 @@ Gluon has no interpreter, so that the kernel itself runs on a Hopper GPU only.
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,8 @@ from semvid.kernels.dispatch import missing
 from semvid.kernels.hopper_attention import attention
 from semvid.kernels.layout import BlockMap, Plan, Tail
 from semvid.kernels.runs import plan
+
+NoSync = Callable[[], AbstractContextManager[None]]
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -95,12 +98,6 @@ def gpu() -> torch.device:
         pytest.skip(reason)
     torch.manual_seed(0)
     return device
-
-
-@pytest.fixture
-def _no_sync() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 class Recorder:
@@ -243,10 +240,9 @@ def test_large_scores_do_not_overflow(gpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_no_sync")
 @pytest.mark.parametrize(("H", "N", "Cq", "Ck"), [(40, 75_600, 300, 1000), (24, 118_800, 400, 2000)])
 def test_real_size_repeats_bit_for_bit_and_never_waits_for_the_host(
-    H: int, N: int, Cq: int, Ck: int, gpu: torch.device
+    H: int, N: int, Cq: int, Ck: int, gpu: torch.device, no_sync: NoSync
 ) -> None:
     c = draw(H, N, N, 128, Cq, Ck, 0.15, torch.bfloat16, gpu)
     tail = draw_tail(c)
@@ -255,10 +251,8 @@ def test_real_size_repeats_bit_for_bit_and_never_waits_for_the_host(
     for options in ({}, {"tail": tail}):
         p = c.plan()
         first = attention(c.q, c.k, c.v, p, **options)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        again = [attention(c.q, c.k, c.v, p, **options) for _ in range(4)]
-        torch.cuda.set_sync_debug_mode("default")
+        with no_sync():
+            again = [attention(c.q, c.k, c.v, p, **options) for _ in range(4)]
         assert all(torch.equal(x, y) for more in again for x, y in zip(more, first, strict=True))
         other = generic.attention(c.q, c.k, c.v, p, **options)
         # A cluster of each head against fp32, and everything against Triton.

@@ -1,11 +1,16 @@
 """Nearest centroids and cluster sums against the reference; labels tie-aware, or exactly where ties are exact."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
 
 from semvid.kernels import kmeans, permute, reference
 from semvid.kernels.layout import Permutation
+
+NoSync = Callable[[], AbstractContextManager[None]]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # What rounding a centroid to the dtype may move it by, relative to its norm.
@@ -243,12 +248,17 @@ def test_sums_of_uneven_clusters_at_real_size(kind: str, device: torch.device) -
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_no_sync")
-def test_an_iteration_never_waits_for_the_host(device: torch.device) -> None:
+def test_an_iteration_never_waits_for_the_host(device: torch.device, no_sync: NoSync) -> None:
     x = torch.randn(4, 5000, 128, device=device, dtype=torch.bfloat16)
     centroids = torch.randn(4, 100, 128, device=device)
-    labels = kmeans.assign(x, centroids)
-    kmeans.cluster_sums(x, labels, 100)
-    permutation = permute.group(labels, 100)
-    kmeans.sums_by_runs(x, permutation)
-    permute.scatter_rows(permute.gather_rows(x, permutation.order), permutation.order)
+    with no_sync():
+        labels = kmeans.assign(x, centroids)
+        found = [kmeans.cluster_sums(x, labels, 100)]
+        permutation = permute.group(labels, 100)
+        found.append(kmeans.sums_by_runs(x, permutation))
+        back = permute.scatter_rows(permute.gather_rows(x, permutation.order), permutation.order)
+    assert torch.equal(back, x)
+    sums, counts = reference.cluster_sums(x.float(), labels, 100)
+    for mine in found:
+        torch.testing.assert_close(mine[0], sums, rtol=1e-4, atol=1e-3)
+        assert torch.equal(mine[1], counts)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from semvid.kernels import permute, reference
-from semvid.kernels.layout import shared
+from semvid.kernels.layout import Way, shared
 
 SIZES = [1, 63, 64, 100, 257]
 KINDS = ["random", "skewed", "all in the last", "one token each", "sorted"]
@@ -148,33 +148,89 @@ def test_addresses_past_two_to_the_31_are_right(device: torch.device) -> None:
     assert torch.equal(permute.gather_rows(x, order)[-1], x[-1].flip(0))
 
 
-@pytest.mark.parametrize(("R", "D", "odd"), [(1, 16, 0), (37, 64, 0), (300, 20, 0), (300, 64, 3), (0, 8, 0)])
+@pytest.mark.parametrize(
+    ("n", "heads", "D", "odd"),
+    [
+        (1, [0], 16, 0),
+        (37, [2, 0], 64, 0),
+        (150, [1, 2], 20, 0),
+        (150, [0, 2], 64, 3),
+        (0, [0, 1], 8, 0),
+        (9, [], 8, 0),
+    ],
+)
+@pytest.mark.parametrize("tokens_first", [False, True])
 def test_rows_go_among_blocks_and_back_and_nothing_else_changes(
-    R: int, D: int, odd: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    n: int,
+    heads: list[int],
+    D: int,
+    odd: int,
+    tokens_first: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Several programs, also where rows are few.
     monkeypatch.setattr(permute, "BYTES_MOVED", 2048)
-    generator = torch.Generator().manual_seed(R)
-    P, M = 3, R + 4
-    x = torch.randn(1, M, D, generator=generator).to(device)
-    source, targets = (torch.randperm(M, generator=generator)[None, :R].to(torch.int32).to(device) for _ in range(2))
-    ranks = torch.randint(P, (1, R), generator=generator, dtype=torch.uint8).to(device)
+    generator = torch.Generator().manual_seed(n)
+    P, H, S = 3, 3, len(heads)
+    R, M = S * n, S * n + 4
+    x = torch.randn(H, n, D, generator=generator).to(device)
+    if tokens_first:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(H)]).to(torch.int32).to(device)
+    targets = torch.randperm(M, generator=generator)[:R].view(S, n).to(torch.int32).to(device)
+    ranks = torch.randint(P, (S, n), generator=generator, dtype=torch.uint8).to(device)
+    # A column of a table.
+    way = Way(torch.tensor([[h, -1, -1] for h in heads], device=device).view(S, 3)[:, 0].long(), order, ranks, targets)
     found = []
     for ops in (reference, permute):
         # A block may begin anywhere.
         flat = [torch.full((M * D + odd,), 7.0, device=device)[odd if rank == 1 else 0 :] for rank in range(P)]
         blocks = shared([part[: M * D].view(1, M, D) for part in flat], device)
         assert blocks.aligned == (odd == 0)
-        ops.scatter_among(x, source, blocks, ranks, targets)
+        ops.scatter_among(x, way, blocks)
         home = torch.full_like(x, 7.0)
-        ops.gather_among(blocks, ranks, targets, home, source)
+        ops.gather_among(blocks, way, home)
         found.append([*blocks.blocks, home])
     for mine, theirs in zip(*found, strict=True):
         assert torch.equal(mine, theirs)
     *blocks_found, home = found[1]
     assert sum(int((block != 7.0).all(-1).sum()) for block in blocks_found) == R
-    assert torch.equal(home[0, source[0].long()], x[0, source[0].long()])
-    assert (home == 7.0).all(-1).sum() == M - R
+    for head in range(H):
+        assert torch.equal(home[head], x[head] if head in heads else torch.full_like(x[head], 7.0))
+
+
+def test_what_has_no_span_or_two_goes_nowhere_or_to_two_ranks(device: torch.device) -> None:
+    x = torch.arange(12.0, device=device).view(2, 3, 2)
+    order = torch.tensor([[0, 1, 2], [2, 0, 1]], dtype=torch.int32, device=device)
+    ranks = torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.uint8, device=device)
+    targets = torch.tensor([[0, 1, 2], [4, 3, 2]], dtype=torch.int32, device=device)
+    for ops in (reference, permute):
+        blocks = shared([torch.full((1, 5, 2), 7.0, device=device) for _ in range(2)], device)
+        ops.scatter_among(x, Way(torch.tensor([1, 1], device=device), order, ranks, targets), blocks)
+        assert blocks.blocks[0][0, :, 0].tolist() == [10.0, 6.0, 8.0, 7.0, 7.0]
+        assert blocks.blocks[1][0, :, 0].tolist() == [7.0, 7.0, 8.0, 6.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"order": torch.zeros(2, 4, dtype=torch.int32)}, r"order must be int32 \[2, 3\]"),
+        ({"targets": torch.zeros(1, 3)}, r"targets must be int32 \[1, 3\], not torch.float32"),
+        ({"ranks": torch.zeros(1, 3, dtype=torch.int32)}, r"ranks must be uint8 \[1, 3\], not torch.int32 \[1, 3\]"),
+    ],
+)
+def test_a_way_fits_the_rows(changed: dict[str, torch.Tensor], message: str) -> None:
+    x, blocks = torch.zeros(2, 3, 4), shared([torch.zeros(1, 9, 4)], torch.device("cpu"))
+    index = torch.zeros(1, 3, dtype=torch.int32)
+    way = Way(torch.zeros(1, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int32), index.to(torch.uint8), index)
+    for ops in (reference, permute):
+        with pytest.raises(ValueError, match=message):
+            ops.scatter_among(x, way._replace(**changed), blocks)
+        with pytest.raises(ValueError, match="rows must be contiguous torch.float32 of 4, not torch.float32 of 4"):
+            ops.gather_among(blocks, way, torch.zeros(2, 4, 3).transpose(1, 2))
+        with pytest.raises(ValueError, match="rows must be contiguous torch.float32 of 4, not torch.float16 of 4"):
+            ops.gather_among(blocks, way, x.half())
 
 
 def test_blocks_of_one_dtype_are_shared() -> None:

@@ -1,11 +1,16 @@
 """The plan of attention against a plain reading of the map."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Plan
 from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits, most_rows, plan
+
+NoSync = Callable[[], AbstractContextManager[None]]
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ def test_rejects_offsets_of_another_number_of_clusters(device: torch.device) -> 
 
 
 @pytest.mark.gpu
-def test_real_size_without_sync_and_the_same_twice(device: torch.device) -> None:
+def test_real_size_without_sync_and_the_same_twice(device: torch.device, no_sync: NoSync) -> None:
     g = torch.Generator().manual_seed(0)
     k_sizes = torch.rand(40, 1000, generator=g).pow(2).mul(228).int()
     q_sizes = torch.rand(40, 300, generator=g).pow(2).mul(756).int()
@@ -147,12 +152,8 @@ def test_real_size_without_sync_and_the_same_twice(device: torch.device) -> None
     selected = ((torch.rand(40, 300, 1000, generator=g) < share) & (k_sizes > 0)[:, None]).to(device)
     q_offsets, k_offsets = offsets_of(q_sizes).to(device), offsets_of(k_sizes).to(device)
     plan(q_offsets, k_offsets, BlockMap(selected))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         first, second = (plan(q_offsets, k_offsets, BlockMap(selected)) for _ in range(2))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     lists, again = Lists(*first.lists), Lists(*second.lists)
     assert sum(x.nbytes for x in lists) < 64e6
     for name in ("num_runs", "num_keys", "order", "first_item"):

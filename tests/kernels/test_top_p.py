@@ -1,6 +1,8 @@
 """The block map and its density against the reference; differences are allowed only where a rounded sum decides."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fractions import Fraction
 
 import pytest
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from semvid.kernels import kmeans, permute, reference, top_p
 from semvid.kernels.layout import BlockMap, least_clusters
+
+NoSync = Callable[[], AbstractContextManager[None]]
 
 
 def make_inputs(H: int, Cq: int, Ck: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,13 +258,17 @@ def test_map_at_real_size(H: int, Cq: int, Ck: int, p: float, floor: float, devi
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_no_sync")
-def test_the_map_never_waits_for_the_host(device: torch.device) -> None:
+def test_the_map_never_waits_for_the_host(device: torch.device, no_sync: NoSync) -> None:
     q, k = torch.randn(4, 30, 128, device=device), torch.randn(4, 100, 128, device=device)
     sizes = torch.ones(4, 100, dtype=torch.int32, device=device)
-    top_p.top_p_map(q, k, sizes, 0.0, torch.rand(4, device=device))
-    found = top_p.top_p_map(q, k, sizes, 0.9, 0.1)
-    top_p.density(found, torch.ones(4, 30, dtype=torch.int32, device=device), sizes)
+    q_sizes, floors = torch.ones(4, 30, dtype=torch.int32, device=device), torch.rand(4, device=device)
+    with no_sync():
+        by_floor = top_p.top_p_map(q, k, sizes, 0.0, floors)
+        found = top_p.top_p_map(q, k, sizes, 0.9, 0.1)
+        share = top_p.density(found, q_sizes, sizes)
+    for mine, (p, floor) in ((by_floor, (0.0, floors)), (found, (0.9, 0.1))):
+        assert (mine.selected != reference.top_p_map(q, k, sizes, p, floor).selected).double().mean() < 1e-3
+    torch.testing.assert_close(share, reference.density(found, q_sizes, sizes), rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu

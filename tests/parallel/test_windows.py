@@ -15,12 +15,13 @@ from semvid.kernels.layout import BlockMap, Plan, shared
 from semvid.parallel import balance
 from semvid.parallel.balance import Ints
 from semvid.parallel.direct import ComingLoads, DirectExchange, Loads, plan_direct
-from semvid.parallel.exchange import Counts, layout
+from semvid.parallel.exchange import Counts
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.ring import Attend, attend_through_windows
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import ROWS_STEP, Views, Windows
+from semvid.runtime.memory import WAYS
 
 OPS = select("reference", torch.device("cpu"))
 
@@ -102,8 +103,7 @@ def exchange_of(
     computed = torch.where(selected, counts[1].sum(0)[:, None], 0).sum(-1).to(torch.int32)
     ranks = Ranks(Mesh(ulysses=world), rank)
     orders = runs[0][rank], runs[1][rank]
-    layouts = layout(x[0]), layout(x[1]), layout(x[2])
-    return plan_direct(Counts(counts[0], counts[1], computed), orders, layouts, ranks, OPS, before=before)
+    return plan_direct(Counts(counts[0], counts[1], computed), orders, ranks, OPS, before=before)
 
 
 @pytest.mark.parametrize(("world", "H", "N"), [(2, 5, 41), (3, 4, 30), (4, 1, 60), (4, 7, 5), (2, 1, 3)])
@@ -179,6 +179,16 @@ def test_a_refresh_waits_for_the_loads_of_the_one_before_and_not_for_its_own(mon
     x = [torch.randn(3, 6, 8) for _ in range(3)]
     other = exchange_of(0, 2, case(3, 12, 1), x, second)
     assert waited[2:] == [other.loads]
+
+
+def test_a_way_is_no_longer_than_predicted() -> None:
+    H, N, x = 4, 24, [torch.randn(4, 12, 8) for _ in range(3)]
+    # One cluster has everything: heads stay whole.
+    whole = Case(case(H, N, 2).labels, torch.ones(H, 4, 6, dtype=torch.bool))
+    exchange = exchange_of(1, 2, whole, x)
+    assert all(piece.last - piece.first == N for piece in exchange.pieces)
+    ways = exchange.queries, exchange.keys
+    assert sum(part.nbytes for way in ways for part in way[1:]) == WAYS * H * N // 2
 
 
 class Reserved:

@@ -1,6 +1,8 @@
 """Prompt tokens as one more cluster: orders, counts and maps."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from semvid.runtime.prompt import Prompt
 from semvid.runtime.refresh import made_ready, plans_of
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
+
+NoSync = Callable[[], AbstractContextManager[None]]
 
 VIDEO, TEXT = 120, 7
 
@@ -62,13 +66,11 @@ def test_every_shards_prompt_tokens_are_counted(tokens: int, ranks: int) -> None
 
 
 @pytest.mark.gpu
-def test_counting_the_prompt_never_waits_for_the_device() -> None:
+def test_counting_the_prompt_never_waits_for_the_device(no_sync: NoSync) -> None:
     counts = Counts(*(torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in ((2, 3, 4), (2, 3, 5), (3, 4))))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        Prompt(7, Shard(1, 2, 8)).counted(counts)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_sync():
+        found = Prompt(7, Shard(1, 2, 8)).counted(counts)
+    assert found.queries[:, 0, 4].tolist() == found.keys[:, 0, 5].tolist() == Prompt(7, Shard(1, 2, 8)).of_shards()
 
 
 def test_nothing_stands_in_for_the_prompt() -> None:

@@ -84,10 +84,11 @@ def test_more_ranks_need_less_each_and_branches_apart_keep_half_the_state() -> N
     assert one.state == 2 * apart.state
     denoise = [found.phases["denoise"] for found in (one, two, four)]
     assert denoise == sorted(denoise, reverse=True)
-    # On two ranks each has half of the tokens' labels, 2 bytes each for queries and keys, and of every row of a head 26
-    # bytes of where it goes.
+    # On two ranks each has half of the tokens' labels, 2 bytes each for queries and keys, and of every row of a head 18
+    # bytes of where it goes; on a ring of two those of the queries and of two hops.
     rows = 2 * 39 * 40 * 37_800
-    assert two.state == one.state - 4 * rows + 26 * rows
+    assert two.state == one.state - 4 * rows + 18 * rows
+    assert need(ring=2).state == one.state - 4 * rows + (12 + 2 * 12) * rows
     assert one.weights == four.weights
     assert one.windows == 0 < two.windows
     dense = memory.predict(model, video, AttentionConfig(method="dense"), Mesh(), guided=True)
