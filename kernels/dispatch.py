@@ -36,6 +36,7 @@ class Ops(NamedTuple):
     assign: Callable[[Tensor, Tensor], Tensor]
     cluster_sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     sums_by_runs: Callable[[Tensor, Permutation], tuple[Tensor, Tensor]]
+    centroids_of: Callable[..., Tensor]
     group: Callable[[Tensor, int], Permutation]
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     scatter_rows: Callable[..., Tensor]

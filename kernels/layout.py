@@ -156,6 +156,18 @@ def check_index(name: str, index: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be int32 {list(shape)}, not {index.dtype} {list(index.shape)}")
 
 
+def check_update(sums: Tensor, counts: Tensor, previous: Tensor, out: Tensor | None) -> None:
+    """Raises ValueError unless the inputs of `centroids_of` fit each other."""
+    for name, x in (("sums", sums), ("previous", previous), ("out", sums if out is None else out)):
+        if x.dtype != torch.float32 or x.shape != sums.shape or x.ndim != 3:
+            raise ValueError(f"{name} must be float32 {list(sums.shape)}, not {x.dtype} {list(x.shape)}")
+    if counts.dtype not in (torch.int32, torch.float32) or counts.shape != sums.shape[:2]:
+        wanted = list(sums.shape[:2])
+        raise ValueError(f"counts must be int32 or float32 {wanted}, not {counts.dtype} {list(counts.shape)}")
+    if out is not None and not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, its strides are {out.stride()}")
+
+
 def check_budget(p: float | Tensor, floor: float | Tensor, bias: Tensor | None, H: int, Ck: int) -> None:
     """Raises ValueError unless `p` and `floor`, where they are tensors, are fp32 [H] and `bias` fp32 [H, Ck]."""
     for name, x, shape in (("p", p, (H,)), ("floor", floor, (H,)), ("bias", bias, (H, Ck))):

@@ -36,7 +36,7 @@ def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
         return list(tensors)
     buffer = joined(tensors)
     all_reduce_in_place(buffer, group)
-    return separated(buffer, tensors)
+    return [part.to(x.dtype) for part, x in zip(split(buffer, tensors), tensors, strict=True)]
 
 
 def all_reduce_in_place(buffer: Tensor, group: Group) -> None:
@@ -51,10 +51,10 @@ def joined(tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     return torch.cat([x.flatten().float() for x in tensors], out=out)
 
 
-def separated(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the parts of what `joined` made, in the shapes and dtypes of `like`."""
+def split(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the parts of what `joined` made, fp32 views in the shapes of `like`."""
     parts = buffer.split([x.numel() for x in like])
-    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, like, strict=True)]
+    return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
 def broadcast_all(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:

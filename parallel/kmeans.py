@@ -67,7 +67,8 @@ def refine_with(
     with phase("all-reduce"):
         reduced = all_reduce_sum([*found.sums, *ridden, *changed], group)
     with phase("cluster"):
-        centroids, counts = updated(reduced[: 2 * len(xs)], centroids)
+        centroids = updated(reduced[: 2 * len(xs)], centroids, ops)
+    counts = reduced[1 : 2 * len(xs) : 2]
     clusters = [Clusters(*parts) for parts in zip(found.labels, centroids, counts, found.orders, strict=True)]
     rest = reduced[2 * len(xs) :]
     return Refined(clusters, rest[: len(riders)], rest[-1] if before else None)
@@ -106,7 +107,7 @@ def _iterated(
 ) -> tuple[list[Tensor], Local]:
     """Returns the centroids before the last of so many iterations, and what this rank's tokens say in the last."""
     with phase("cluster"):
-        recorded = None if recordings is None else recordings.begun(xs, starts, ops)
+        recorded = None if recordings is None else recordings.begun(xs, starts, ops, iterations)
     if recorded is not None:
         for _ in range(iterations - 1):
             with phase("cluster"):
@@ -125,7 +126,7 @@ def _iterated(
         with phase("all-reduce"):
             reduced = all_reduce_sum(found.sums, group)
         with phase("cluster"):
-            centroids, _ = updated(reduced, centroids)
+            centroids = updated(reduced, centroids, ops)
     with phase("cluster"):
         return centroids, label(xs, centroids, ops)
 

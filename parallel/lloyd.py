@@ -12,11 +12,15 @@ from torch import Tensor
 
 from semvid.kernels.dispatch import Ops
 from semvid.kernels.layout import Permutation
-from semvid.parallel.collectives import joined, separated
+from semvid.parallel.collectives import joined, split
 
 # Tokens of all xs that are copied to where the recorded launches read them. With three times as many the device is busy
 # for as long as the host launches, and the copies would take memory worth having.
 LIMIT_BYTES = 128 << 20
+# So many iterations in a row, as in the first refresh, have no work beside them that would keep the device busy while
+# the host launches, and the slowest rank's host is everyone's: more tokens are worth it, until a call has fewer.
+MANY = 10
+LIMIT_BYTES_OF_MANY = 512 << 20
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs what launches work, or not, and returns what launches the same work again."""
@@ -45,10 +49,10 @@ def label(xs: Sequence[Tensor], centroids: Sequence[Tensor], ops: Ops) -> Local:
     return Local(labels, orders, [part for pair in sums for part in pair])
 
 
-def updated(reduced: Sequence[Tensor], centroids: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns new centroids and counts from sums and counts over all ranks; an empty cluster keeps its centroid."""
-    totals, counts = reduced[0::2], list(reduced[1::2])
-    return [_means(*parts) for parts in zip(totals, counts, centroids, strict=True)], counts
+def updated(reduced: Sequence[Tensor], centroids: Sequence[Tensor], ops: Ops) -> list[Tensor]:
+    """Returns new centroids from the sums and counts of each x over all ranks; an empty cluster keeps its centroid."""
+    pairs = zip(reduced[0::2], reduced[1::2], centroids, strict=True)
+    return [ops.centroids_of(sums, counts, before) for sums, counts, before in pairs]
 
 
 class Recorded:
@@ -91,28 +95,37 @@ class Recorded:
         joined(self._found.sums, out=self.buffer)
 
     def _update(self) -> None:
-        made, _ = updated(separated(self.buffer, self._found.sums), self.centroids)
-        for place, new in zip(self.centroids, made, strict=True):
-            place.copy_(new)
+        parts = split(self.buffer, self._found.sums)
+        for sums, counts, place in zip(parts[0::2], parts[1::2], self.centroids, strict=True):
+            self._ops.centroids_of(sums, counts, place, out=place)
 
 
 class Recordings:
     """The recorded iterations of a job, one for each shape that came by."""
 
-    def __init__(self, record: Record | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(
+        self,
+        record: Record | None = None,
+        limit_bytes: int = LIMIT_BYTES,
+        limit_bytes_of_many: int = LIMIT_BYTES_OF_MANY,
+    ) -> None:
         """Records by `record`, on any device; without one, as CUDA graphs, on GPUs alone."""
         self._record = record
-        self._limit = limit_bytes
+        self._limit, self._limit_of_many = limit_bytes, limit_bytes_of_many
         self._known: dict[tuple[object, ...], Recorded] = {}
 
-    def begun(self, xs: Sequence[Tensor], starts: Sequence[Tensor], ops: Ops) -> Recorded | None:
+    def begun(self, xs: Sequence[Tensor], starts: Sequence[Tensor], ops: Ops, iterations: int) -> Recorded | None:
         """Returns the iteration over tokens of such shapes, begun; None where launching it anew is as well, or where
         somebody else is recording the call: graphs don't nest.
         """
         size = sum(x.numel() * x.element_size() for x in xs)
-        if size == 0 or size > self._limit or not (self._record or _can_record(xs[0])):
-            return None
         key = (ops.name, *((x.shape, x.dtype, x.device, start.shape) for x, start in zip(xs, starts, strict=True)))
+        if size == 0 or size > (self._limit_of_many if iterations >= MANY else self._limit):
+            # Its tokens' memory is wanted elsewhere now.
+            self._known.pop(key, None)
+            return None
+        if not (self._record or _can_record(xs[0])):
+            return None
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = Recorded(xs, starts, ops, self._record or _graph)
@@ -134,7 +147,3 @@ def _graph(body: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body()
     return graph.replay
-
-
-def _means(sums: Tensor, counts: Tensor, previous: Tensor) -> Tensor:
-    return torch.where((counts > 0)[..., None], sums / counts.clamp(min=1)[..., None], previous)

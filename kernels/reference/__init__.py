@@ -4,7 +4,16 @@ Names and signatures are those of the fast versions. Matrix products are taken i
 """
 
 from semvid.kernels.reference.block import add_gated, add_norm, add_norm8, linear8, norm_rotary, quantize_rows
-from semvid.kernels.reference.clusters import assign, cluster_sums, density, group, sums_by_runs, top_p_map, unpack_map
+from semvid.kernels.reference.clusters import (
+    assign,
+    centroids_of,
+    cluster_sums,
+    density,
+    group,
+    sums_by_runs,
+    top_p_map,
+    unpack_map,
+)
 from semvid.kernels.reference.rows import (
     addresses,
     gather_among,
@@ -23,6 +32,7 @@ __all__ = [
     "addresses",
     "assign",
     "attention",
+    "centroids_of",
     "cluster_sums",
     "density",
     "gather_among",

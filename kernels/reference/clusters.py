@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from semvid.kernels.layout import BlockMap, Permutation, check_budget, check_index, check_rows, least_clusters
+from semvid.kernels.layout import (
+    BlockMap,
+    Permutation,
+    check_budget,
+    check_index,
+    check_rows,
+    check_update,
+    least_clusters,
+)
 from semvid.kernels.reference.rows import gather_rows
 from semvid.kernels.reference.softmax import pairs_at_once
 
@@ -65,6 +73,20 @@ def sums_by_runs(x: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
         # On a GPU index_add_ adds in another order each time; this adds row after row of each run.
         sums = torch.segment_reduce(rows, "sum", lengths=counts.flatten().long(), unsafe=True, initial=0.0)
     return sums.view(H, C, D), counts
+
+
+def centroids_of(sums: Tensor, counts: Tensor, previous: Tensor, out: Tensor | None = None) -> Tensor:
+    """Returns the mean of each cluster's tokens, fp32 [H, C, D]; an empty cluster keeps its centroid.
+
+    Args:
+        sums: fp32 [H, C, D], of the tokens of each cluster.
+        counts: int32 or fp32 [H, C], how many they are.
+        previous: fp32 [H, C, D], the centroids before.
+        out: contiguous memory of the result, which may be that of `previous`; new if absent.
+    """
+    check_update(sums, counts, previous, out)
+    made = torch.where((counts > 0)[..., None], sums / counts.clamp(min=1)[..., None], previous)
+    return made if out is None else out.copy_(made)
 
 
 def group(labels: Tensor, C: int) -> Permutation:

@@ -1,5 +1,6 @@
 """Nearest centroids and cluster sums against the reference; labels tie-aware, or exactly where ties are exact."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -245,6 +246,53 @@ def test_sums_of_uneven_clusters_at_real_size(kind: str, device: torch.device) -
     rows = labels[0].long()
     exact = torch.zeros(1000, 128, device=device, dtype=torch.float64).index_add_(0, rows, x[0].double())
     torch.testing.assert_close(sums[0].double(), exact, rtol=1e-4, atol=5e-2)
+
+
+@pytest.mark.parametrize(("C", "D", "kind"), [(1, 16, torch.int32), (33, 24, torch.float32), (70, 128, torch.int32)])
+def test_centroids_are_means_and_empty_clusters_keep_theirs(
+    C: int, D: int, kind: torch.dtype, device: torch.device
+) -> None:
+    g = torch.Generator().manual_seed(C)
+    sums, previous = (torch.randn(3, C, D, generator=g).to(device) for _ in range(2))
+    counts = torch.randint(0, 5, (3, C), generator=g).to(device, kind)
+    # As an empty cluster's are after sums of other rows.
+    counts[1], sums[1] = 0, torch.nan
+    expected = reference.centroids_of(sums, counts, previous)
+    for h, c in [(0, 0), (1, C - 1), (2, C // 2)]:
+        assert torch.equal(expected[h, c], sums[h, c] / counts[h, c] if counts[h, c] > 0 else previous[h, c])
+    for ops in (reference, kmeans):
+        place, out = previous.clone(), torch.full_like(sums, torch.nan)
+        assert torch.equal(ops.centroids_of(sums, counts, previous), expected)
+        assert ops.centroids_of(sums, counts, previous, out) is out
+        assert ops.centroids_of(sums, counts, place, out=place) is place
+        assert torch.equal(out, expected)
+        assert torch.equal(place, expected)
+
+
+def test_what_centroids_are_made_of_fits() -> None:
+    x, counts = torch.zeros(2, 3, 16), torch.zeros(2, 3)
+    for ops in (reference, kmeans):
+        with pytest.raises(ValueError, match=r"counts must be int32 or float32 \[2, 3\], not torch.float64"):
+            ops.centroids_of(x, counts.double(), x)
+        with pytest.raises(ValueError, match=r"previous must be float32 \[2, 3, 16\], not torch.bfloat16"):
+            ops.centroids_of(x, counts, x.bfloat16())
+        with pytest.raises(ValueError, match="out must be contiguous, its strides are"):
+            ops.centroids_of(x, counts, x, torch.zeros(3, 2, 16).transpose(0, 1))
+
+
+@pytest.mark.parametrize("choice", [(16, 1), (32, 2), (128, 4)])
+def test_sums_do_not_hang_on_how_many_rows_are_added_at_once(
+    choice: tuple[int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans, "SPAN", 64)
+    x = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.randint(5, (2, 300), generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
+    labels[1] = 3
+    expected = reference.cluster_sums(x, labels, 7)
+    monkeypatch.setattr(kmeans, "SUMMED", ((math.inf, *choice),))
+    sums, counts = kmeans.cluster_sums(x, labels, 7)
+    torch.testing.assert_close(sums, expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(counts, expected[1])
 
 
 @pytest.mark.gpu

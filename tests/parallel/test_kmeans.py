@@ -13,7 +13,7 @@ from torch import Tensor
 from semvid.kernels.dispatch import select
 from semvid.parallel.collectives import all_reduce_sum
 from semvid.parallel.kmeans import Refined, refine, refine_with
-from semvid.parallel.lloyd import Recordings
+from semvid.parallel.lloyd import MANY, Recordings
 from semvid.parallel.seeding import random_tokens
 
 OPS = select("reference", torch.device("cpu"))
@@ -167,16 +167,36 @@ def test_each_shape_is_recorded_once_and_much_or_nothing_is_not() -> None:
     recordings = Recordings(record, limit_bytes=2 * 100 * 8 * 4)
     for N in (100, 60, 100, 60, 101):
         x, start = blobs(N), blobs(5)
-        assert (recordings.begun([x], [start], OPS) is None) == (N == 101)
+        assert (recordings.begun([x], [start], OPS, 2) is None) == (N == 101)
     assert len(made) == 4
-    assert recordings.begun([x[:, :0]], [start], OPS) is None
+    assert recordings.begun([x[:, :0]], [start], OPS, MANY) is None
     recordings.clear()
-    recordings.begun([x[:, :60]], [start], OPS)
+    recordings.begun([x[:, :60]], [start], OPS, 2)
+    assert len(made) == 6
+
+
+def test_more_is_recorded_for_many_iterations_and_only_until_there_are_few() -> None:
+    made: list[Callable[[], None]] = []
+
+    def record(body: Callable[[], None]) -> Callable[[], None]:
+        made.append(body)
+        return body
+
+    size = 2 * 100 * 8 * 4
+    recordings = Recordings(record, limit_bytes=size, limit_bytes_of_many=2 * size)
+    small, large, huge, start = blobs(100), blobs(200), blobs(201), blobs(5)
+    for iterations in (MANY, MANY, 1, MANY - 1):
+        for x, within in ((small, True), (large, iterations == MANY), (huge, False)):
+            assert (recordings.begun([x], [start], OPS, iterations) is not None) == within
+    assert len(made) == 4
+    # It was forgotten, the small one was not.
+    recordings.begun([large], [start], OPS, MANY)
+    recordings.begun([small], [start], OPS, MANY)
     assert len(made) == 6
 
 
 def test_without_a_gpu_nothing_is_recorded() -> None:
-    assert Recordings().begun([blobs(5)], [blobs(2)], OPS) is None
+    assert Recordings().begun([blobs(5)], [blobs(2)], OPS, MANY) is None
 
 
 @pytest.mark.gpu
@@ -189,11 +209,25 @@ def test_graphs_find_what_launches_find(backend: str) -> None:
         x = blobs(3_001, 3, 128, seed=seed).to(device, torch.bfloat16)
         for iterations in (1, 2, 20):
             call = calls_of(x, seed)
-            assert recordings.begun(call["xs"], call["starts"], ops) is not None
+            assert recordings.begun(call["xs"], call["starts"], ops, iterations) is not None
             found = refine_with(**call, iterations=iterations, ops=ops, recordings=recordings)
             kept.append((found, refine_with(**call, iterations=iterations, ops=ops)))
     assert all(same(found, expected) for found, expected in kept)
     assert not same(kept[0][0], kept[1][0])
+
+
+@pytest.mark.gpu
+def test_a_recording_that_is_forgotten_leaves_what_it_found() -> None:
+    device = torch.device("cuda")
+    ops, recordings = select("auto", device), Recordings(limit_bytes=0)
+    kept = []
+    for seed, iterations in enumerate((MANY, 2, MANY, 1)):
+        call = calls_of(blobs(50_001, 3, 128, seed=seed).to(device, torch.bfloat16), seed)
+        found = refine_with(**call, iterations=iterations, ops=ops, recordings=recordings)
+        kept.append((found, refine_with(**call, iterations=iterations, ops=ops)))
+        # Somebody else's memory, which must not be theirs.
+        torch.full((100 << 20,), torch.nan, device=device)
+    assert all(same(found, expected) for found, expected in kept)
 
 
 def _recorded_on_some(rank: int, world: int) -> None:
@@ -202,7 +236,7 @@ def _recorded_on_some(rank: int, world: int) -> None:
     start = random_tokens(x, 6, (5, 1), 100, first=rank * 34, group=dist.group.WORLD)
     recordings = Recordings(run_again, limit_bytes=2 * 33 * 8 * 4)
     call = {"xs": [x], "starts": [start], "iterations": 5, "ops": OPS, "group": dist.group.WORLD}
-    assert (recordings.begun([x], [start], OPS) is not None) == (rank == 2)
+    assert (recordings.begun([x], [start], OPS, 5) is not None) == (rank == 2)
     for _ in range(2):
         assert same(refine_with(**call, recordings=recordings), refine_with(**call))
 
