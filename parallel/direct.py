@@ -55,6 +55,15 @@ class ComingLoads:
         return self._loads
 
 
+class Cut(NamedTuple):
+    """How the work of a layer was cut, for a job that goes on from a checkpoint: as without the break."""
+
+    parts: list[list[Piece]]
+    """Each rank's share of the work."""
+    early: bool
+    """Whether it is from the loads of the refresh before, and no reuse has seen to it yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class DirectExchange:
     """What this rank sends, receives and computes in one layer; kept while its map is reused."""
@@ -108,6 +117,7 @@ def plan_direct(
     ops: Ops,
     place_work: Placement = balance,
     before: DirectExchange | None = None,
+    cut: Cut | None = None,
 ) -> DirectExchange:
     """Returns the exchange of one layer through windows; no collective. The host waits only where nothing was before.
 
@@ -118,6 +128,7 @@ def plan_direct(
         ops: the backend.
         place_work: cuts the work into parts.
         before: the exchange of the refresh before, the same on every rank.
+        cut: instead of another, that of a checkpoint.
     """
     assert ranks.mesh.ring == 1, "windows serve one ring row"
     of_q, of_k = (side.order for side in permutations)
@@ -126,7 +137,7 @@ def plan_direct(
     early = before is not None and _fits(before, counts, n)
     known = before.loads.wait() if before is not None and early else loads.wait()
     with phase("plan on host", on_host=True):
-        parts = place_work(known.rows, known.keys, ranks.mesh.sequence)
+        parts = place_work(known.rows, known.keys, ranks.mesh.sequence) if cut is None else cut.parts
         # Every head has every row.
         of_queries = _tables(parts, me, H, int(known.rows[0].sum()))
         of_keys = _key_tables(parts, me, H, known.key_rows)
@@ -149,7 +160,7 @@ def plan_direct(
             known.key_rows * max(len(part) for part in parts),
         ),
         loads,
-        early,
+        early if cut is None else cut.early,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from semvid.kernels.layout import Clusters, Permutation
 from semvid.parallel.arrival import OnItsWay
-from semvid.parallel.direct import DirectExchange
+from semvid.parallel.direct import Cut, DirectExchange
 from semvid.parallel.exchange import Counts, Exchange
 from semvid.runtime.schedule import Refreshed
 
@@ -64,6 +64,8 @@ class Memory(NamedTuple):
     ready: bool = True
     """Whether there is what a call needs beside orders. Not where the memory comes from a checkpoint or from another
     rank, and not where that of a whole sequence is `short`: it needs them in every call."""
+    cut: Cut | None = None
+    """How the exchange is to be cut, where the memory comes from a checkpoint of as many ranks; else None."""
 
     def refreshed(self) -> Refreshed:
         """Returns what the schedule reads; waits for a count that is on its way."""

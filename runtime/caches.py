@@ -34,13 +34,13 @@ def caches_of(transformer: torch.nn.Module) -> set[str]:
     return {cache for start, cache in CACHES.items() if any(name.startswith(start) for name in hooks)}
 
 
-def check_caches(transformers: Sequence[torch.nn.Module], family: Facts, *, shared: bool) -> list[set[str]]:
+def check_caches(transformers: Sequence[torch.nn.Module], family: Facts, *, together: bool) -> list[set[str]]:
     """Returns the caches on each transformer of a pipeline.
 
     Args:
         transformers: of the pipeline.
         family: that it is of.
-        shared: whether several GPUs share the sequence.
+        together: whether several GPUs share the sequence, or the clusters of their branches.
 
     Raises:
         ValueError: a cache gives another result than it says, or GPUs would wait for each other.
@@ -50,10 +50,9 @@ def check_caches(transformers: Sequence[torch.nn.Module], family: Facts, *, shar
     if family.branches > 1 and names & BRANCHLESS:
         text = f"step cache is {_list(names & BRANCHLESS)}, which mixes the two branches of {family.title}"
         raise ValueError(f"{text}; accepted: FirstBlockCache, SeaCache, {BY_STEP}")
-    if shared and names & BY_CONTENT:
-        text = (
-            f"step cache is {_list(names & BY_CONTENT)}, by which each GPU that shares the sequence decides for itself"
-        )
+    if together and names & BY_CONTENT:
+        text = f"step cache is {_list(names & BY_CONTENT)}, by which each GPU"
+        text = f"{text} that shares the sequence, or its branches' clusters, decides for itself"
         raise ValueError(f"{text}; accepted: {BY_STEP}")
     for transformer, there in zip(transformers, found, strict=True):
         config = type(getattr(transformer, "_cache_config", None)).__name__

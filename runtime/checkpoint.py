@@ -5,7 +5,8 @@ maps of every P-th layer. Rank 0's has the latents and the tensors of the schedu
 the scheduler, the counts, and what the job is. There is no random state: after the first noise nothing is drawn, and
 the first centroids follow from the seed, the layer, the branch and the step.
 
-Permutations, plans and exchanges follow from labels and maps, so they are made again.
+Permutations, plans and exchanges follow from labels and maps, so they are made again. How an exchange through windows
+was cut hangs on the refresh before, so that is held too: as many ranks go on with the same bits.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Clusters
+from semvid.parallel.balance import Piece
 from semvid.parallel.budget import columns
+from semvid.parallel.direct import Cut, DirectExchange
 from semvid.parallel.exchange import Counts
 from semvid.parallel.shard import Shard
 from semvid.runtime import folder, parts
@@ -157,6 +160,8 @@ def capture(session: Session, scheduler: Any, state: Denoising) -> tuple[dict[st
             taken[f"{place}/refreshed"] = _as_tensor(memory.refreshed())
             if memory.log_n is not None:
                 taken[f"{place}/log_n"] = memory.log_n
+            if isinstance(memory.exchange, DirectExchange):
+                taken[f"{place}/cut"] = _cut_as_tensor(Cut(memory.exchange.parts, memory.counts is not None))
     plain, tensors = scheduler_state(scheduler)
     if ranks.rank == 0:
         taken |= {"latents": state.latents, **{f"scheduler/{name}": x for name, x in tensors.items()}}
@@ -284,7 +289,27 @@ def _memory(stored: _Stored, place: str, session: Session, device: torch.device)
     heads = torch.arange(bits.shape[0], device=device)
     block_map = BlockMap(session.ops.unpack_map(bits, heads, keys.centroids.shape[1]))
     computed = columns(block_map, keys.sizes, tail=log_n is not None)
-    return memory._replace(counts=Counts(counts[0], counts[1], computed))
+    cut = None
+    if f"{place}/cut" in stored.holders and mesh.ring == 1:
+        cut = _as_cut(stored.only(f"{place}/cut"), mesh.sequence)
+    return memory._replace(counts=Counts(counts[0], counts[1], computed), cut=cut)
+
+
+def _cut_as_tensor(cut: Cut) -> Tensor:
+    """Returns a cut as int64 [1 + pieces, 4]: how many ranks, and whether it is early; then rank, head and rows."""
+    pieces = [(rank, *piece) for rank, part in enumerate(cut.parts) for piece in part]
+    return torch.tensor([(len(cut.parts), int(cut.early), 0, 0), *pieces], dtype=torch.int64)
+
+
+def _as_cut(stored: Tensor, ranks: int) -> Cut | None:
+    """Returns the cut, None where it is for another number of ranks."""
+    (parts_there, early, _, _), *pieces = stored.tolist()
+    if parts_there != ranks:
+        return None
+    parts: list[list[Piece]] = [[] for _ in range(ranks)]
+    for rank, head, first, last in pieces:
+        parts[rank].append(Piece(head, first, last))
+    return Cut(parts, bool(early))
 
 
 def _as_tensor(last: Refreshed) -> Tensor:

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# What semvid.kernels.top_p holds of one query cluster.
+MAX_KEY_CLUSTERS = 8192
+
 Linear = Literal["same", "fp8"]
 
 
@@ -182,13 +185,15 @@ def check(config: Config) -> None:
     require(attention.dense_layers >= 0, "attention.dense_layers", attention.dense_layers, "0 or more")
     for name in ("first_iterations", "iterations", "refresh_every"):
         require(getattr(attention, name) >= 1, f"attention.{name}", getattr(attention, name), "1 or more")
-    for name in ("query_clusters", "key_clusters"):
+    for name, most in (("query_clusters", math.inf), ("key_clusters", MAX_KEY_CLUSTERS)):
         value = getattr(attention, name)
-        require(value is None or value >= 1, f"attention.{name}", value, "1 or more")
+        accepted = "1 or more" if math.isinf(most) else f"1 .. {most}"
+        require(value is None or 1 <= value <= most, f"attention.{name}", value, accepted)
     require(len(attention.clusters) > 0, "attention.clusters", [], "at least one row of tokens, query and key")
     for row in attention.clusters:
         for part in ("tokens", "query", "key"):
             require(getattr(row, part) >= 1, f"attention.clusters.{part}", getattr(row, part), "1 or more")
+        require(row.key <= MAX_KEY_CLUSTERS, "attention.clusters.key", row.key, f"1 .. {MAX_KEY_CLUSTERS}")
 
 
 def _check_reuse(attention: AttentionConfig) -> None:
@@ -236,6 +241,10 @@ def check_tokens(attention: AttentionConfig, tokens: int, *, joint: bool = False
         joint: whether text is in the sequence too.
     """
     queries, keys = cluster_counts(attention, tokens)
+    # A run of keys is a word of 31 bits, of which the clusters, a prompt's with them, take theirs.
+    most = 1 << (31 - keys.bit_length())
+    if tokens > most:
+        raise ValueError(f"attention.key_clusters is {keys} for {tokens} tokens; accepted: fewer for more than {most}")
     parts = {f"the stand-ins of {keys} key clusters": keys} if has_tail(attention) else {}
     if has_anchors(attention, joint=joint):
         # Each is one row of all keys, and one of the least that a row can have.

@@ -189,6 +189,9 @@ def _ready(pipeline: Any, state: Denoising) -> Tensor:
     """Returns the latents as the VAE takes them, and has it decode in tiles where it must."""
     if decodes_in_tiles(pipeline, state):
         pipeline.vae.enable_tiling()
+    else:
+        # Of an earlier job on the same pipeline.
+        pipeline.vae.disable_tiling()
     return state.family.unscaled(pipeline.vae, state.family.result(state.latents, state.condition))
 
 

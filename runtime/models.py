@@ -116,7 +116,8 @@ def sparsify(
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
     check_anchors(attention, family.facts)
-    admit = _admission(models, family, shared=ranks is not None and ranks.mesh.sequence > 1)
+    check_device(pipeline.device)
+    admit = _admission(models, family, ranks or Ranks(), attention)
     session = Session(attention, dispatch.select(attention.backend, pipeline.device), seed, ranks or Ranks())
     if attention.method != "dense":
         # First, so that everything else stays around it.
@@ -126,18 +127,38 @@ def sparsify(
         for model in models:
             shard_transformer(model, session, family.plan(model))
         session.windows = open_windows(session.ranks, pipeline.device)
-    stock = [install(model, number, pipeline.scheduler, session, family, admit) for number, model in enumerate(models)]
+    stock = [
+        install(model, number, lambda: pipeline.scheduler, session, family, admit)
+        for number, model in enumerate(models)
+    ]
     return Sparsified(pipeline, session, family, stock)
 
 
-def _admission(models: list[Any], family: Family, *, shared: bool) -> Callable[[], None]:
-    """Checks the step caches that are on the transformers, and returns what checks them again when a job begins."""
-    before = check_caches(models, family.facts, shared=shared)
+def check_device(device: torch.device) -> None:
+    """Raises ValueError if a pipeline is on another GPU than the current one, on which kernels would be launched."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise ValueError(
+            f"pipeline is on {device}, and the current device is cuda:{torch.cuda.current_device()}; accepted: "
+            f"torch.cuda.set_device({device.index}) before"
+        )
+
+
+def _admission(models: list[Any], family: Family, ranks: Ranks, attention: AttentionConfig) -> Callable[[], None]:
+    """Checks the step caches that are on the transformers, and returns what checks them again when a job begins; that
+    refuses a pipeline that has been moved since, too: its ops were chosen for where it was.
+    """
+    shared = ranks.mesh.sequence > 1
+    # Each branch on its own ranks, which wait for the other's clusters.
+    together = shared or (ranks.mesh.cfg > 1 and attention.share_branches == "yes")
+    before, device = check_caches(models, family.facts, together=together), models[0].device
 
     def admit() -> None:
-        now = check_caches(models, family.facts, shared=shared)
+        now = check_caches(models, family.facts, together=together)
         if shared:
             check_unchanged(before, now)
+        if models[0].device != device:
+            text = f"pipeline is on {models[0].device}, and was on {device} when it was sparsified"
+            raise ValueError(f"{text}; accepted: sparsify after it is where it runs")
 
     return admit
 
@@ -145,7 +166,7 @@ def _admission(models: list[Any], family: Family, *, shared: bool) -> Callable[[
 def install(
     model: Any,
     number: int,
-    scheduler: Any,
+    scheduler: Callable[[], Any],
     session: Session,
     family: Family,
     admit: Callable[[], None] = lambda: None,
@@ -155,7 +176,7 @@ def install(
     Args:
         model: the transformer.
         number: its place among those of the pipeline.
-        scheduler: says the step where the loop does not.
+        scheduler: returns the one of now, which says the step where the loop does not.
         session: of the job.
         family: of the model.
         admit: called when a job begins; refuses what has been put on the pipeline since.
@@ -258,7 +279,7 @@ class PositionHook(ModelHook):
     _is_stateful = True
 
     def __init__(
-        self, session: Session, scheduler: Any, number: int = 0, admit: Callable[[], None] = lambda: None
+        self, session: Session, scheduler: Callable[[], Any], number: int = 0, admit: Callable[[], None] = lambda: None
     ) -> None:
         super().__init__()
         self.number = number
@@ -272,8 +293,8 @@ class PositionHook(ModelHook):
         if self.session.position is None:
             self.admit()
         context = self.announced.context
-        step = self.scheduler.step_index if context.step_index is None else context.step_index
-        steps = context.num_inference_steps or len(self.scheduler.timesteps)
+        step = self.scheduler().step_index if context.step_index is None else context.step_index
+        steps = context.num_inference_steps or len(self.scheduler().timesteps)
         self.session.enter(Position(step or 0, steps, context_name(context.name, self.number)))
         if self.number:
             self._forget_earlier_transformers()

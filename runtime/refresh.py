@@ -11,7 +11,7 @@ from semvid.parallel import anchors
 from semvid.parallel.anchors import Share
 from semvid.parallel.budget import Rule, columns, density, find_map
 from semvid.parallel.collectives import broadcast_all
-from semvid.parallel.direct import DirectExchange, plan_direct
+from semvid.parallel.direct import Cut, DirectExchange, plan_direct
 from semvid.parallel.exchange import Counts, Layout, layout, plan_exchange
 from semvid.parallel.kmeans import Refined, over, refine_with
 from semvid.parallel.maps import GlobalMap, gather_counts, gather_map, mean_over, pack_bits, sides_of
@@ -57,6 +57,9 @@ def refresh(
     # Of a pipeline that is sparsified alone nobody knew before; every rank of both branches refuses alike.
     check_tokens(session.config, tokens, joint=session.prompt is not None)
     before = session.cache.get(layer, session.owner())
+    if before is not None and before.counts is not None and before.exchange is None and session.windows is not None:
+        # From a checkpoint: the new exchange is cut by its loads, as without the break.
+        before = made_ready(q, k, v, session, before)
     interval = 0 if before is None else next_interval(session.config, before.refreshed())
     if session.shared and session.ranks.place.cfg > 0:
         return _received(video_q, session, before)._replace(step=session.here().step, interval=interval), None
@@ -88,7 +91,8 @@ def made_ready(q: Tensor, k: Tensor, v: Tensor, session: Session, memory: Memory
         with phase("plan"):
             return memory._replace(anchored=_anchored(queries, session))
     whole = _counted(GlobalMap(memory.bits, memory.counts), session.prompt)
-    return memory._replace(**_exchanged(q, k, v, session, whole, (queries, keys), memory))
+    made = _exchanged(q, k, v, session, whole, (queries, keys), memory, memory.cut)
+    return memory._replace(**made, cut=None)
 
 
 def with_orders(session: Session, memory: Memory) -> Memory:
@@ -279,6 +283,7 @@ def _exchanged(
     whole: GlobalMap,
     sides: tuple[Clusters, Clusters],
     before: Memory | None,
+    cut: Cut | None = None,
 ) -> dict[str, Any]:
     """Returns what a memory of a shard has of its map: exchange, order with anchors, and counts while needed."""
     counts, (queries, keys), of_q = whole.counts, sides, layout(q)
@@ -289,7 +294,7 @@ def _exchanged(
     orders = (queries.permutation if of_queries is None else of_queries, keys.permutation)
     with phase("plan"):
         last = None if before is None else before.exchange
-        exchange = exchange_of(counts, orders, (of_q, layout(k), layout(v)), session, last)
+        exchange = exchange_of(counts, orders, (of_q, layout(k), layout(v)), session, last, cut)
     kept = whole.counts if isinstance(exchange, DirectExchange) and exchange.early else None
     return {"exchange": exchange, "anchored": of_queries, "counts": kept}
 
@@ -300,6 +305,7 @@ def exchange_of(
     layouts: tuple[Layout, Layout, Layout],
     session: Session,
     before: AnyExchange | None = None,
+    cut: Cut | None = None,
 ) -> AnyExchange:
     """Returns the plan of one layer's exchange: through windows where there are some, else by collectives.
 
@@ -309,12 +315,13 @@ def exchange_of(
         layouts: of q, k and v.
         session: of a sharded transformer.
         before: that of the refresh before.
+        cut: that of a checkpoint, for windows.
     """
     ranks, ops, place_work = session.ranks, session.ops, session.place_work
     if session.windows is None:
         return plan_exchange(counts, orders, layouts, ranks, ops, place_work)
     last = before if isinstance(before, DirectExchange) else None
-    return plan_direct(counts, orders, ranks, ops, place_work, last)
+    return plan_direct(counts, orders, ranks, ops, place_work, last, cut)
 
 
 def _starts(q: Tensor, k: Tensor, session: Session, layer: int, todo: Refresh) -> list[Tensor]:

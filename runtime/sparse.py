@@ -66,7 +66,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, session: Session, layer: i
         memory = made_ready(q, k, v, session, memory)
         if memory.exchange is not None:
             session.cache.put(layer, branch, memory)
-    elif memory.counts is not None and isinstance(todo, Reuse):
+    if memory.counts is not None and isinstance(todo, Reuse):
         memory = recut(q, k, v, session, memory)
         session.cache.put(layer, branch, memory)
     if memory.exchange is not None:

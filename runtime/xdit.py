@@ -14,7 +14,7 @@ from semvid.parallel.ranks import Ranks
 from semvid.parallel.xdit import KEY, WholeAttention, ranks_of_xfuser, register_attention, usp_dense
 from semvid.runtime.config import AttentionConfig
 from semvid.runtime.metrics import Density
-from semvid.runtime.models import HOOK, PositionHook, registry_of
+from semvid.runtime.models import HOOK, PositionHook, check_device, registry_of
 from semvid.runtime.processors import fold, fold_turned, project, unfold
 from semvid.runtime.schedule import Dense
 from semvid.runtime.session import Session
@@ -85,6 +85,7 @@ def register(
         raise ValueError(f"transformer is a {type(transformer).__name__}; supported: xFuserWanTransformer3DWrapper")
     if registry.get_hook(HOOK) is not None:
         raise ValueError("this transformer has semvid's attention already; remove() that handle first")
+    check_device(transformer.device)
     if attention is None:
         attention = resolve(None, {"video": {"prompt": "-"}}, preset=preset).attention
     ranks, heads = ranks_of_xfuser(), transformer.config.num_attention_heads
@@ -126,7 +127,7 @@ class _PassHook(PositionHook):
     """Refuses forward passes whose tokens xDiT would pad: it masks nothing, so padding would be attended."""
 
     def __init__(self, session: Session, scheduler: Any, ranks: Ranks) -> None:
-        super().__init__(session, scheduler)
+        super().__init__(session, lambda: scheduler)
         self.ranks = ranks
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

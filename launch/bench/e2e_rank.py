@@ -205,7 +205,8 @@ class _Video:
         if self.ranks.mesh.sequence > 1:
             shard_transformer(model, session, self.family.plan(model))
             session.windows = open_windows(self.ranks, self.device)
-        models.install(model, 0, SimpleNamespace(step_index=0, timesteps=range(STEPS)), session, self.family)
+        scheduler = SimpleNamespace(step_index=0, timesteps=range(STEPS))
+        models.install(model, 0, lambda: scheduler, session, self.family)
         replay.follow(layers)
         return session, replay
 

@@ -1,5 +1,7 @@
 """Windows without GPUs: files that the processes of one host map, with the group's barrier."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -7,6 +9,15 @@ from torch import Tensor
 from semvid.kernels.layout import shared
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.windows import Views
+
+
+def windows_in(folder: str) -> "Callable[..., FileWindows | None]":
+    """Returns what opens windows where `semvid.parallel.windows.open_windows` does on GPUs."""
+
+    def opened(ranks: Ranks, device: torch.device) -> FileWindows | None:
+        return FileWindows(ranks, folder) if ranks.mesh.ring == 1 < ranks.mesh.sequence else None
+
+    return opened
 
 
 class FileWindows:

@@ -201,13 +201,18 @@ def test_two_processes_with_a_cache_give_the_latents_of_one(spawn: Callable[...,
 
 
 def _refuses(rank: int, world: int, config: Config) -> None:
-    ranks = connect(Mesh(ulysses=world))
+    ranks, apart = connect(Mesh(ulysses=world)), connect(Mesh(cfg=world))
     for cache in ("first block", "sea"):
         pipeline = cached(load_pipeline(locate(config.model.path), config.model), cache)
         with pytest.raises(
-            ValueError, match="each GPU that shares the sequence decides for itself; accepted: MagCache"
+            ValueError, match="each GPU that shares the sequence, or its branches' clusters, decides for itself; acc"
         ):
             sparsify(pipeline, attention=config.attention, ranks=ranks)
+        # A branch on each process waits for the other's clusters, if it is sent some.
+        together = dataclasses.replace(config.attention, share_branches="yes")
+        with pytest.raises(ValueError, match="accepted: MagCache"):
+            sparsify(pipeline, attention=together, ranks=apart)
+        sparsify(pipeline, attention=dataclasses.replace(together, share_branches="no"), ranks=apart).remove()
     pipeline = load_pipeline(locate(config.model.path), config.model)
     sparsify(pipeline, attention=config.attention, ranks=ranks)
     cached(pipeline, "magnitudes")

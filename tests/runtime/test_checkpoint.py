@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +17,17 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
+from semvid.parallel import balance
 from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import connect
-from semvid.runtime import checkpoint, models, parts
+from semvid.runtime import checkpoint, models, parts, sparse
 from semvid.runtime import job as jobs
 from semvid.runtime.config import Config, JobConfig, ModelConfig
 from semvid.runtime.folder import locate
 from semvid.runtime.generate import Progress, generate
 from semvid.runtime.job import Job, StoppedError
 from semvid.runtime.settings import DEMO_MODEL
+from tests.parallel.file_windows import windows_in
 
 CPU = torch.device("cpu")
 # Refreshed at step 1 and 4 (from 0): a checkpoint after step 3 is followed by a reuse of its labels and map.
@@ -42,6 +45,7 @@ SETTINGS = {
     "drift": ("svg2", DRIFT),
     "shared": ("svg2", {**TAIL, "refresh_every": 10}),
     "anchors": ("svg2", {**TAIL, "refresh_every": 10, "anchors": "yes"}),
+    "anchored": ("svg2", {**TAIL, "anchors": "yes"}),
 }
 Make = Callable[..., Config]
 
@@ -472,3 +476,46 @@ def test_a_job_goes_on_with_another_number_of_processes_and_another_mesh(
         assert torch.equal(found["begun"], found["whole"]), name
         for place, latents in (("widened", found["widened"]), ("narrowed", result.latents)):
             assert float((latents - alone).abs().max()) <= 1e-4, (name, place)
+
+
+def _through_windows(rank: int, world: int, model: Path, folder: Path, configs: dict[str, Config]) -> None:
+    """Cuts are those of the job that nobody stopped, after whichever step another was."""
+    balance.TILE_ROWS, balance.TILE_OVERHEAD_KEYS = 4, 2
+    models.open_windows = windows_in(str(folder))
+    pipeline, ranks, cuts = load(model), connect(Mesh(ulysses=world)), []
+    attend = sparse.attend_through_windows
+
+    def noted(*given: Any) -> Any:
+        cuts.append(given[3].parts)
+        return attend(*given)
+
+    sparse.attend_through_windows = noted
+    for kind, config in configs.items():
+        del cuts[:]
+        generate(Job(folder / kind / "whole", config), pipeline=pipeline, ranks=ranks)
+        whole = cuts[:]
+        assert len({str(parts) for parts in whole}) > 3, kind
+        for step in range(2, 6):
+            del cuts[:]
+            job, told = Job(folder / kind / str(step), config), []
+            for stop in (step, 0):
+                with pytest.raises(StoppedError) if stop else nullcontext():
+                    told = []
+                    generate(
+                        job,
+                        pipeline=pipeline,
+                        ranks=ranks,
+                        told_to_stop=lambda told=told, stop=stop: told.append(1) is None and len(told) == stop,
+                    )
+            assert cuts == whole, (kind, step)
+
+
+@pytest.mark.timeout(400)
+def test_a_job_that_goes_on_is_cut_as_without_the_break(
+    make: Make, tiny_model: Path, tmp_path: Path, spawn: Callable[..., None]
+) -> None:
+    configs = {kind: make(kind, every=100) for kind in ("refreshed", "reused", "drift", "anchored")}
+    for kind, config in configs.items():
+        for name in ("whole", *"2345"):
+            jobs.create(tmp_path / kind / name, config)
+    spawn(2, _through_windows, tiny_model, tmp_path, configs)

@@ -4,8 +4,18 @@ from typing import Any
 
 import pytest
 
+from semvid.kernels import top_p
+from semvid.kernels.runs import most_rows
 from semvid.runtime import settings
-from semvid.runtime.config import AttentionConfig, ClusterCounts, Config, check_tokens, cluster_counts, has_anchors
+from semvid.runtime.config import (
+    MAX_KEY_CLUSTERS,
+    AttentionConfig,
+    ClusterCounts,
+    Config,
+    check_tokens,
+    cluster_counts,
+    has_anchors,
+)
 from semvid.runtime.settings import measured, resolve
 
 PROMPT = {"video": {"prompt": "a ball"}}
@@ -88,12 +98,17 @@ def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
         ({"attention": {"p": "high"}}, r"attention.p is 'high'; accepted: a number"),
         ({"attention": {"floor": -0.1}}, r"attention.floor is -0.1; accepted: 0 .. 1"),
         ({"attention": {"query_clusters": 0}}, r"attention.query_clusters is 0; accepted: 1 or more"),
-        ({"attention": {"key_clusters": -4}}, r"attention.key_clusters is -4; accepted: 1 or more"),
+        ({"attention": {"key_clusters": -4}}, r"attention.key_clusters is -4; accepted: 1 .. 8192"),
         ({"attention": {"iterations": True}}, r"attention.iterations is True; accepted: a whole number"),
         ({"attention": {"clusters": []}}, r"attention.clusters is \[\]; accepted: at least one row"),
         ({"attention": {"clusters": [{"tokens": 9, "query": 0, "key": 1}]}}, r"attention.clusters.query is 0"),
         ({"attention": {"method": "magic"}}, r"attention.method is 'magic'; accepted: dense, clusters"),
         ({"attention": 3}, r"attention is 3; accepted: a table"),
+        ({"attention": {"key_clusters": 8193}}, r"attention.key_clusters is 8193; accepted: 1 .. 8192"),
+        (
+            {"attention": {"clusters": [{"tokens": 9, "query": 1, "key": 9000}]}},
+            r"attention.clusters.key is 9000; accepted: 1 .. 8192",
+        ),
         ({"attention": {"density": 0}}, r"attention.density is 0.0; accepted: 0 < density <= 1"),
         ({"attention": {"density": 0.2, "head_floor": 0.3}}, r"attention.head_floor is 0.3; accepted: 0 .. 0.2"),
         ({"attention": {"selection": "error"}}, r"attention.selection is 'error'; accepted: mass; error needs"),
@@ -114,6 +129,14 @@ def test_toml_written_is_read_back_equal(tmp_path: Path) -> None:
 def test_bad_values_are_refused_by_name(tables: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(tables, PROMPT)
+
+
+def test_as_many_key_clusters_are_accepted_as_the_kernels_take() -> None:
+    assert top_p.MAX_KEY_CLUSTERS == MAX_KEY_CLUSTERS
+    attention = AttentionConfig(key_clusters=2000)
+    check_tokens(attention, most_rows(2001))
+    with pytest.raises(ValueError, match=r"attention.key_clusters is 2000 for 1048577 tokens; accepted: fewer for"):
+        check_tokens(attention, most_rows(2001) + 1)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

@@ -81,6 +81,19 @@ def test_the_stock_call_of_a_sparsified_pipeline_is_sparse(name: str, family_con
     assert torch.equal(stock(pipeline, config.video), plain)
 
 
+@pytest.mark.parametrize("name", ["hunyuanvideo", "wan2.1-i2v-14b"])
+def test_a_scheduler_put_in_place_of_another_says_the_step(name: str, family_config: Make, stock: Stock) -> None:
+    config = family_config(name, {"p": 0.5})
+    pipeline = load(config)
+    handle = sparsify(pipeline, attention=config.attention)
+    stock(pipeline, config.video)
+    expected = handle.density()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    stock(pipeline, config.video)
+    assert expected.sparse_calls > 0
+    assert handle.density() == expected
+
+
 def run_again(pipeline: Any, handle: Any, config: Config) -> tuple[Tensor, Any, Any]:
     handle.remove()
     return run(pipeline, config)

@@ -15,7 +15,7 @@ from semvid.parallel.ranks import Ranks, connect
 from semvid.runtime import denoise, models, refresh
 from semvid.runtime.config import Config
 from semvid.runtime.folder import locate
-from tests.parallel.file_windows import FileWindows
+from tests.parallel.file_windows import windows_in
 
 NAMES = ["wan2.1-i2v-14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b", "hunyuanvideo"]
 REUSING = {"p": 0.6, "floor": 0.1, "refresh_every": 2}
@@ -63,15 +63,6 @@ def latents(pipeline: Any, config: Config, ranks: Ranks, replay: Replay) -> tupl
     finally:
         refresh.refine_with = refine_with
         handle.remove()
-
-
-def windows_in(folder: str) -> Callable[..., FileWindows | None]:
-    """What `open_windows` finds on GPUs, in files."""
-
-    def opened(ranks: Ranks, device: torch.device) -> FileWindows | None:
-        return FileWindows(ranks, folder) if ranks.mesh.ring == 1 < ranks.mesh.sequence else None
-
-    return opened
 
 
 def _equals_one_process(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from semvid.runtime import denoise, load_pipeline, sparsify
 from semvid.runtime.config import AttentionConfig, ModelConfig, VideoConfig
+from semvid.runtime.models import check_device
 from semvid.runtime.settings import DEMO_MODEL
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17, "num_inference_steps": 4, "guidance_scale": 3.0}
@@ -134,6 +135,33 @@ def test_a_batch_of_prompts_is_folded_into_the_heads(pipeline: Any) -> None:
     for i, prompt in enumerate(prompts):
         alone = pipeline(prompt, latents=noise[i : i + 1], output_type="latent", **SIZE).frames
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_on_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("cpu", "cuda:0", "cuda"):
+        check_device(torch.device(name))
+    with pytest.raises(ValueError, match=r"is on cuda:1, and .* is cuda:0; accepted: torch.cuda.set_device\(1\)"):
+        check_device(torch.device("cuda:1"))
+
+
+def test_a_pipeline_that_has_moved_since_is_refused_before_its_first_pass(pipeline: Any) -> None:
+    handle = sparsify(pipeline)
+    pipeline.transformer.to("meta")
+    with pytest.raises(ValueError, match=r"is on meta, and was on cpu when .*; accepted: sparsify after it is"):
+        latents(pipeline)
+    handle.remove()
+
+
+def test_a_video_is_decoded_whole_after_one_in_tiles(pipeline: Any) -> None:
+    handle = sparsify(pipeline, "dense")
+    video = VideoConfig(prompt="a red ball", height=64, width=96, frames=5, steps=1, guidance=1.0)
+    state = denoise.start(pipeline, video)
+    list(denoise.steps(pipeline, state))
+    expected = denoise.decode(pipeline, state)
+    pipeline.vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32)
+    assert (denoise.decode(pipeline, state) == expected).all()
+    handle.remove()
 
 
 def test_an_unsupported_pipeline_is_refused() -> None:
