@@ -46,6 +46,8 @@ class Follower:
             self.say(f"goes on after step {self.step} of {steps}")
         elif kind == "damaged":
             self.say(f"checkpoint {event['checkpoint']} is damaged and passed over: {event['reason']}")
+        elif kind == "wait":
+            self.say(f"waits: {event.get('reason')}")
         elif kind == "stop" and event.get("state") == "recovering":
             rank = "" if event.get("rank") is None else f"rank {event['rank']}: "
             self.say(f"{rank}{event.get('reason', 'it died')}")
@@ -74,7 +76,7 @@ def status(job: Job) -> dict[str, Any]:
     mine = [e for e in steps if isinstance(e.get("seconds"), int | float)]
     start: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "start"), {})
     asked = request.read(job.folder)
-    last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("phase", "stop")), {})
+    last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("phase", "stop", "wait")), {})
     recent = [e["seconds"] for e in mine[-5:]]
     left = statistics.median(recent) * (of - job.step) if recent and state in ALIVE else None
     return {
@@ -87,7 +89,7 @@ def status(job: Job) -> dict[str, Any]:
         "density": next((e["density"] for e in reversed(mine) if e.get("sparse_calls")), None),
         "gpus": start.get("world_size") or (asked.gpus if asked else None),
         "deaths": sum(e["event"] == "stop" and e.get("state") == "recovering" for e in events),
-        "reason": last.get("reason") if state in ("failed", "recovering") else None,
+        "reason": last.get("reason") if state in ("failed", "recovering") or last.get("event") == "wait" else None,
         "prompt": job.config.video.prompt,
         "video": str(job.video) if state == "done" else None,
     }

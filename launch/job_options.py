@@ -64,7 +64,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds what describes a job that can be resumed."""
     add_job_options(parser)
-    preset = f"{presets_text()} (default: that of --config, else {Config().preset}); replaces [attention] of --config"
+    default = f"that of --config, else the checkpoint's, else {Config().preset}"
+    preset = f"{presets_text()} (default: {default}); replaces [attention] of --config"
     parser.add_argument("--preset", metavar="NAME", help=preset)
     text = f"denoising steps from one checkpoint to the next; 0: none (default: {JobConfig().checkpoint_steps})"
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=text)
@@ -97,8 +98,11 @@ def config_of(args: argparse.Namespace, preset: str | None, preset_option: str =
     config = settings.resolve(
         file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
     )
+    # A job goes on from wherever its command is given, and its ranks may start in other folders.
+    if Path(config.model.path).is_dir():
+        model_path = str(Path(config.model.path).absolute())
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path))
     if config.video.image is not None:
-        # A job goes on from wherever its command is given, and its ranks may start in other folders.
         image = str(Path(config.video.image).absolute())
         config = dataclasses.replace(config, video=dataclasses.replace(config.video, image=image))
     folders.check(config, geometry)

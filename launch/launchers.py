@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from semvid.launch.request import Request
 from semvid.runtime import folder as folders
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
+
+CONNECT_S = 5.0
+"""So long an address has to answer."""
 
 NAMES = ("local", "torchrun", "ray")
 
@@ -77,6 +81,24 @@ def asked(args: argparse.Namespace, config: Config) -> Request:
     if args.mesh is not None:
         resolve_mesh(args.mesh, args.gpus, guided=folders.is_guided(config))
     return wanted
+
+
+def check_one_host(args: argparse.Namespace) -> None:
+    """Raises ValueError if several hosts are asked for where there is no cluster, but this machine."""
+    if args.nodes is not None and args.nodes > 1:
+        raise ValueError(f"--nodes is {args.nodes}, but without --address there is this machine alone; accepted: 1")
+
+
+def check_address(address: str) -> None:
+    """Raises ValueError if nothing listens where a cluster is said to be: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ValueError(f"--address is {address!r}, where nothing listens: {reason}") from None
 
 
 def check_sharing(config: Config, gpus: int) -> None:

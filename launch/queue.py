@@ -83,12 +83,14 @@ class Queue:
         self.run = run
         self.active: dict[Path, tuple[Request, threading.Thread]] = {}
         self.not_before: dict[Path, float] = {}
+        self.no_room_until: dict[Path, float] = {}
+        self.told_why: set[Path] = set()
         self.waiting_since: dict[Path, float] = {}
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return not self.active and not self.waiting()
+        return not self.active and not self._wanted()
 
     def step(self) -> None:
         """Looks once: starts what there is room for."""
@@ -99,12 +101,19 @@ class Queue:
             since = self.waiting_since.setdefault(job.folder, time.monotonic())
             if cancel.is_wanted(job.folder) or (asked.on_gpu not in blocked and self._fits(asked)):
                 self._start(job, asked)
-            elif time.monotonic() - since > PATIENCE_S and asked.gpus <= self.total(asked.on_gpu):
+            elif asked.gpus > (total := self.total(asked.on_gpu)):
+                self._say_why(job, f"--gpus is {asked.gpus}, but the cluster has {total}; it waits for more")
+            elif time.monotonic() - since > PATIENCE_S:
                 # Else a large one would starve behind small ones.
                 blocked.add(asked.on_gpu)
 
     def waiting(self) -> list[tuple[Job, Request]]:
-        """Returns the jobs that should run and that this queue does not run, in the order of their numbers."""
+        """Returns the jobs that should run now and that this queue does not run, in the order of their numbers."""
+        now = time.monotonic()
+        return [item for item in self._wanted() if self.no_room_until.get(item[0].folder, 0) <= now]
+
+    def _wanted(self) -> list[tuple[Job, Request]]:
+        """Returns those and the ones for which there was no room a moment ago."""
         now, wanted = time.monotonic(), []
         for job in found(self.root):
             asked = request.read(job.folder)
@@ -113,6 +122,13 @@ class Queue:
             if job.state in ("queued", "running", "recovering"):
                 wanted.append((job, asked))
         return sorted(wanted, key=lambda item: item[1].number)
+
+    def _say_why(self, job: Job, reason: str) -> None:
+        """Logs, once, why a job waits."""
+        if job.folder not in self.told_why:
+            self.told_why.add(job.folder)
+            with contextlib.suppress(OSError):
+                job.log("wait", state="queued", reason=reason)
 
     def _fits(self, asked: Request) -> bool:
         used = sum(other.gpus for other, _ in self.active.values() if other.on_gpu == asked.on_gpu)
@@ -153,6 +169,8 @@ class Queue:
         try:
             self.run(job, asked)
         except NoRoomError as error:
+            # Others, which may fit, come first for a while.
+            self.no_room_until[job.folder] = time.monotonic() + AGAIN_S
             job.log("wait", state="queued", reason=str(error))
         except KeyboardInterrupt:
             cancel.forget(job.folder)

@@ -101,6 +101,7 @@ def _submit(args: argparse.Namespace, make: Maker) -> int:
     # All ask for the same; that it can be is a matter of each.
     (wanted, *_) = [launchers.asked(args, config) for config in configs]
     address = args.address or env.ray_address() or "auto"
+    launchers.check_address(address)
     from semvid.launch import cluster, queue
 
     with cluster.connected(address, 0):
@@ -121,7 +122,7 @@ def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.prompt is not None:
         raise ValueError(f"--prompts is {str(path)!r}, but there is a PROMPT too; accepted: one of them")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text) if path.suffix == ".toml" else None
     except (OSError, ValueError) as error:
         raise ValueError(f"--prompts is {str(path)!r}, which can't be read: {error}") from None
@@ -137,6 +138,8 @@ def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _jobs(args: argparse.Namespace) -> int:
+    if args.root != jobs.DEFAULT_ROOT and not args.root.is_dir():
+        raise ValueError(f"--root is {str(args.root)!r}, which is no folder")
     rows = [follow.status(job) for job in follow.found(args.root)]
     print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(follow.table(rows)))
     return 0

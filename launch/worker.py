@@ -299,6 +299,11 @@ def main() -> int:
 
 def _main(args: Namespace) -> int:
     place, job = env.seat(), jobs.load(args.job)
+    if job.done:
+        # As when a line that goes on with a job is given once too often.
+        if place.rank == 0:
+            print(f"{PROGRAM}: {str(args.job)!r} is done; its video is {job.video}", file=sys.stderr)
+        return 0
     if place.world_size == 1 and not env.is_watched():
         return take_part(args.job, args.mesh, args.json)
     pulse = env.watched(args.job, place.rank) if env.is_watched() else None

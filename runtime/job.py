@@ -162,7 +162,8 @@ def default_folder(prompt: str, root: Path = DEFAULT_ROOT) -> Path:
 def check_out(folder: Path) -> None:
     """Raises ValueError if a job can't be put into `folder`; makes nothing."""
     if (folder / "job.toml").exists():
-        raise ValueError(f"--out is {str(folder)!r}, which already holds a job; accepted: a new or empty folder")
+        accepted = f"a new or empty folder, or: semvid resume {folder}"
+        raise ValueError(f"--out is {str(folder)!r}, which already holds a job; accepted: {accepted}")
     parent = folder.absolute()
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
@@ -170,3 +171,7 @@ def check_out(folder: Path) -> None:
         raise ValueError(f"--out is {str(folder)!r}, but {str(parent)!r} is no folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"--out is {str(folder)!r}, but {str(parent)!r} can't be written")
+    # Hidden files are not somebody's work: the beginning of one that could not be written.
+    held = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if held:
+        raise ValueError(f"--out is {str(folder)!r}, which holds {held[0]!r}; accepted: a new or empty folder")

@@ -67,7 +67,7 @@ def add_throughput(add_parser: AddParser) -> None:
     add("--config", metavar="NAME|FILE")
     add("--preset", metavar="NAME")
     for name in ("steps", "height", "width", "frames"):
-        add(f"--{name}", metavar="N")
+        add(f"--{name}", type=int, metavar="N")
     add("--device", choices=("cuda", "cpu"), default=default.device, help="default: %(default)s")
     add("--out", metavar="DIR", type=Path, help=f"the jobs' folder (default: a new one in {jobs.DEFAULT_ROOT}/)")
     add("--json", action="store_true", help="print one JSON object on stdout; the table goes to stderr")
@@ -135,7 +135,7 @@ def _throughput(args: argparse.Namespace) -> int:
     given = [] if args.prompt is None else [args.prompt]
     for name in ("model", "config", "preset", "steps", "height", "width", "frames"):
         if getattr(args, name) is not None:
-            given += [f"--{name}", getattr(args, name)]
+            given += [f"--{name}", str(getattr(args, name))]
     from semvid.launch.bench import throughput
 
     report, lines = throughput.run(options, given, args.out or jobs.default_folder("bench-throughput"))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from semvid.launch import cli
+from semvid.launch.job_options import config_of
 from semvid.runtime.settings import DEMO_MODEL
 from semvid.runtime.video import encoder
 
@@ -48,6 +49,11 @@ BAD = [
     (["run", "--model", "absent"], "--model is 'absent', which is no folder; accepted: a diffusers checkpoint folder"),
     (["run", "--model", "."], "which has no model_index.json"),
     (["run", "--out", "/proc/semvid/x"], "which can't be written"),
+    (["run", "--gpus", "2", "--nodes", "2"], "--nodes is 2, but without --address there is this machine alone; acc"),
+    (["run", "--gpus", "2", "--address", "127.0.0.1:9"], "--address is '127.0.0.1:9', where nothing listens: "),
+    (["submit", "x", "--address", "ray://127.0.0.1:9"], "--address is 'ray://127.0.0.1:9', where nothing listens: "),
+    (["jobs", "--root", "absent"], "--root is 'absent', which is no folder"),
+    (["bench", "throughput", "--steps", "abc"], "--steps: invalid int value: 'abc'"),
 ]
 
 
@@ -115,6 +121,21 @@ def test_an_out_folder_with_a_job_is_left_alone(empty: Path, capsys: pytest.Capt
     assert [(p.name, p.read_text()) for p in empty.iterdir()] == [("job.toml", "mine")]
 
 
+def test_an_out_folder_with_anything_in_it_is_left_alone(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (empty / "video.mp4").write_text("mine")
+    for out in (".", ""):
+        assert run(["run", "--out", out]) == 2
+        assert "--out is '.', which holds 'video.mp4'; accepted: a new or empty folder" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in empty.iterdir()] == [("video.mp4", "mine")]
+
+
+def test_a_model_is_found_from_wherever_the_job_goes_on(empty: Path, tiny_model: Path) -> None:
+    (empty / "model").symlink_to(tiny_model)
+    for model, path in (("model", str(empty / "model")), ("demo", "demo")):
+        args = cli._parser().parse_args(["run", "a ball", "--model", model, *SMALL])
+        assert config_of(args, None).model.path == path
+
+
 @pytest.mark.parametrize("args", [["run", "--frames", "32"], ["run", "--device", "cuda"]])
 def test_bad_input_answers_within_three_seconds(args: list[str], empty: Path) -> None:
     if args[-1] == "cuda" and Path("/dev/nvidia0").exists():
@@ -176,6 +197,10 @@ def test_the_worker_runs_a_job_folder(made: tuple[Path, dict[str, Any], str], tm
     args = [sys.executable, "-m", "semvid.launch.worker", "--job", str(tmp_path / "job")]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
     assert report["frames_sha256"] in done.stdout
+    left = [(tmp_path / "job" / name).stat().st_mtime_ns for name in ("video.mp4", "events.jsonl")]
+    again = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert "is done; its video is" in again.stderr
+    assert [(tmp_path / "job" / name).stat().st_mtime_ns for name in ("video.mp4", "events.jsonl")] == left
     failed = subprocess.run([*args[:-1], str(tmp_path)], capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert "job.toml" in failed.stderr

@@ -108,7 +108,36 @@ def test_a_small_job_overtakes_a_large_one_that_does_not_fit_but_not_for_ever(
     finish(runs, cluster, "later")
 
 
-def test_one_jobs_trouble_is_not_anothers(make: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_job_that_finds_no_room_again_and_again_holds_nobody_up(
+    make: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "AGAIN_S", 0.2)
+    cluster = Cluster()
+    run = cluster.run
+
+    def never(job: Job, asked: Request) -> int:
+        if asked.nodes == 2:
+            raise NoRoomError("--gpus is 8 on 2 hosts, but …")
+        return run(job, asked)
+
+    runs = Queue(tmp_path / "jobs", lambda on_gpu: 16, never)
+    config = make("small", 1).config
+    (apart,) = queue.submit(tmp_path / "jobs", [config], Request(gpus=8, nodes=2))
+    # First in the queue.
+    request.write(apart, Request(gpus=8, nodes=2, number=0))
+    settle(runs, lambda: "small" in cluster.running)
+    # It is tried again while it is wanted, and the table says why it waits.
+    settle(runs, lambda: sum(e["event"] == "wait" for e in apart.events()) > 2)
+    assert not runs.idle
+    assert follow.status(apart)["reason"] == "--gpus is 8 on 2 hosts, but …"
+    finish(runs, cluster, "small")
+    assert not runs.idle
+
+
+def test_one_jobs_trouble_is_not_anothers(
+    make: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "AGAIN_S", 0.2)
     cluster = Cluster()
     cluster.raises = {"defect": TypeError("no such thing"), "crowded": NoRoomError("--gpus is 4, but …")}
     runs = Queue(tmp_path / "jobs", lambda on_gpu: 8, cluster.run)
@@ -121,6 +150,9 @@ def test_one_jobs_trouble_is_not_anothers(make: Callable[..., Job], tmp_path: Pa
         finish(runs, cluster, prompt)
     assert (defect.state, list(defect.events())[-1]["reason"]) == ("failed", "TypeError: no such thing")
     assert [job.state for job in (crowded, huge, good)] == ["done", "queued", "done"]
+    # Said once, and shown.
+    (why,) = [e["reason"] for e in huge.events() if e["event"] == "wait"]
+    assert why == follow.status(huge)["reason"] == "--gpus is 16, but the cluster has 8; it waits for more"
 
 
 def test_a_new_queue_goes_on_with_jobs_that_nobody_runs_any_more(make: Callable[..., Job], tmp_path: Path) -> None:

@@ -112,3 +112,14 @@ def test_defaults_other_than_video_are_refused(checkpoint: Path) -> None:
     (checkpoint / "semvid.toml").write_text("[attention]\np = 0.5\n")
     with pytest.raises(ValueError, match="holds 'attention'"):
         folders.defaults(checkpoint)
+
+
+def test_a_picture_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    Image.linear_gradient("L").save(whole)
+    folders.check_image(whole)
+    cut.write_bytes(whole.read_bytes()[:-95])
+    with pytest.raises(ValueError, match="image is .*cut.jpg': no picture that can be read; accepted: a PNG, JPEG"):
+        folders.check_image(cut)
