@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from semvid.kernels.layout import Plan, Tail, check_attention, check_index, result_like
-from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits, count_up_to, most_rows, plan
+from semvid.kernels.limits import cluster_bits, most_rows
+from semvid.kernels.runs import ITEM_ROWS, Lists, count_up_to, plan
 
 __all__ = ["attention", "plan"]
 

@@ -28,7 +28,8 @@ from semvid.kernels import attention as generic
 from semvid.kernels.hopper import TYPES, descriptor, next_stage, num_sms, takes, view
 from semvid.kernels.hopper_loads import ARRIVALS, BOXES, HALF, fill, hear, take
 from semvid.kernels.layout import Plan, Tail, check_attention, result_like
-from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits
+from semvid.kernels.limits import cluster_bits
+from semvid.kernels.runs import ITEM_ROWS, Lists
 
 # Query rows of one consumer, and the keys of a tile.
 ROWS, KEYS = ITEM_ROWS // 2, 128

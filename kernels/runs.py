@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Plan, check_plan
+from semvid.kernels.limits import cluster_bits
 
 # Query rows of one item, the unit of work that a program takes. A cluster's last item may have fewer.
 ITEM_ROWS = 128
@@ -34,16 +35,6 @@ class Lists(NamedTuple):
     one is left for the end, each head's clusters together (its K and V stay in L2), longest first."""
     first_item: Tensor
     """int32 [H · Cq + 1]: items before each entry of `order`; the last is their total."""
-
-
-def cluster_bits(Ck: int) -> int:
-    """Returns how many bits of a run's word tell its key cluster; the others tell its start."""
-    return (Ck - 1).bit_length()
-
-
-def most_rows(Ck: int) -> int:
-    """Returns how many key rows a head can have at most, so that starts fit: 2^21 in 1000 clusters, 2^20 in 2000."""
-    return 1 << (31 - cluster_bits(Ck))
 
 
 def plan(q_offsets: Tensor, k_offsets: Tensor, block_map: BlockMap) -> Plan:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from semvid.kernels.kmeans import check_centroids
 from semvid.kernels.layout import BlockMap, check_budget, check_index, check_rows, least_clusters
+from semvid.kernels.limits import MAX_KEY_CLUSTERS
 
 # Key clusters of one query cluster are held in registers, 32 a thread; more than this would spill.
-MAX_KEY_CLUSTERS = 8192
 # The key of a score of -inf: its bits, 0xFF800000, with all but the sign turned over.
 EMPTY_KEY = 0x807FFFFF - 2**32
 

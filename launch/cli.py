@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semvid.launch import env, follow, launchers, lease, queue_commands, schedule
+from semvid.launch import env, launchers, queue_commands, schedule
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
 from semvid.launch.bench import quality_command, video_commands
@@ -198,11 +198,7 @@ def _resume(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.job!r} holds a job that is done; its video is {job.video}")
     folders.check(job.config, folders.inspect(folders.locate(job.config.model.path)))
     check_device(job.config, args)
-    start = _starter(args, job.config)
-    holder = lease.owner(job.folder)
-    if launchers.is_elsewhere(args) and holder is not None and job.state in follow.ALIVE:
-        raise ValueError(f"{args.job!r} is run by process {holder.pid} on {holder.host}; accepted: once that has ended")
-    return start(job)
+    return _starter(args, job.config)(job)
 
 
 def _starter(args: argparse.Namespace, config: Config) -> Callable[[Job], int]:

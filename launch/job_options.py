@@ -99,9 +99,8 @@ def config_of(args: argparse.Namespace, preset: str | None, preset_option: str =
         file, options, checkpoint=folders.defaults(folder), preset=preset, preset_option=preset_option
     )
     # A job goes on from wherever its command is given, and its ranks may start in other folders.
-    if Path(config.model.path).is_dir():
-        model_path = str(Path(config.model.path).absolute())
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path))
+    if config.model.path != ModelConfig().path:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder.absolute())))
     if config.video.image is not None:
         image = str(Path(config.video.image).absolute())
         config = dataclasses.replace(config, video=dataclasses.replace(config.video, image=image))

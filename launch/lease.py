@@ -74,10 +74,20 @@ def owner(folder: Path) -> Owner | None:
     return None if found is None or _is_dead(found) else found
 
 
-def _claim(folder: Path) -> Owner:
+def check_free(folder: Path) -> Owner | None:
+    """Returns the lease that somebody has left on a job folder, None without one; waits for LEASE_S if it can't tell.
+
+    Raises:
+        HeldError: another process holds it.
+    """
     path, found = folder / NAME, _read(folder / NAME)
     if found is not None and not _is_dead(found):
         _wait_for_a_beat(path, found, folder)
+    return found
+
+
+def _claim(folder: Path) -> Owner:
+    path, found = folder / NAME, check_free(folder)
     pid = os.getpid()
     own = Owner(uuid.uuid4().hex, socket.gethostname(), _machine(), pid, _born(pid) or 0, 0)
     # Where two find a lease stale, one of them takes it. The lock reaches as far as the file system's locks do.

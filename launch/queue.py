@@ -98,10 +98,10 @@ class Queue:
             del self.active[folder]
         blocked: set[bool] = set()
         for job, asked in self.waiting():
-            since = self.waiting_since.setdefault(job.folder, time.monotonic())
-            if cancel.is_wanted(job.folder) or (asked.on_gpu not in blocked and self._fits(asked)):
+            since, total = self.waiting_since.setdefault(job.folder, time.monotonic()), self.total(asked.on_gpu)
+            if cancel.is_wanted(job.folder) or (asked.on_gpu not in blocked and self._fits(asked, total)):
                 self._start(job, asked)
-            elif asked.gpus > (total := self.total(asked.on_gpu)):
+            elif asked.gpus > total:
                 self._say_why(job, f"--gpus is {asked.gpus}, but the cluster has {total}; it waits for more")
             elif time.monotonic() - since > PATIENCE_S:
                 # Else a large one would starve behind small ones.
@@ -130,9 +130,9 @@ class Queue:
             with contextlib.suppress(OSError):
                 job.log("wait", state="queued", reason=reason)
 
-    def _fits(self, asked: Request) -> bool:
+    def _fits(self, asked: Request, total: int) -> bool:
         used = sum(other.gpus for other, _ in self.active.values() if other.on_gpu == asked.on_gpu)
-        return used + asked.gpus <= self.total(asked.on_gpu)
+        return used + asked.gpus <= total
 
     def _start(self, job: Job, asked: Request) -> None:
         thread = threading.Thread(target=self._work, args=(job, asked), daemon=True)

@@ -50,7 +50,11 @@ def run(job: Job, wanted: Request, address: str, as_json: bool) -> int:
     """Runs a job on a cluster through the queue of its folder, follows it, and returns the exit code.
 
     If this command dies the job goes on; Ctrl-C cancels it.
+
+    Raises:
+        HeldError: somebody runs it already, whom Ctrl-C here would end.
     """
+    lease.check_free(job.folder)
     from semvid.launch import cluster, queue
     from semvid.launch.report import Bar
 

@@ -51,8 +51,10 @@ def check_caches(transformers: Sequence[torch.nn.Module], family: Facts, *, toge
         text = f"step cache is {_list(names & BRANCHLESS)}, which mixes the two branches of {family.title}"
         raise ValueError(f"{text}; accepted: FirstBlockCache, SeaCache, {BY_STEP}")
     if together and names & BY_CONTENT:
-        text = f"step cache is {_list(names & BY_CONTENT)}, by which each GPU"
-        text = f"{text} that shares the sequence, or its branches' clusters, decides for itself"
+        text = (
+            f"step cache is {_list(names & BY_CONTENT)}, by which each GPU that shares the sequence, or its branches' "
+            "clusters, decides for itself"
+        )
         raise ValueError(f"{text}; accepted: {BY_STEP}")
     for transformer, there in zip(transformers, found, strict=True):
         config = type(getattr(transformer, "_cache_config", None)).__name__

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# What semvid.kernels.top_p holds of one query cluster.
-MAX_KEY_CLUSTERS = 8192
+from semvid.kernels.limits import MAX_KEY_CLUSTERS, most_rows
 
 Linear = Literal["same", "fp8"]
 
@@ -241,8 +240,8 @@ def check_tokens(attention: AttentionConfig, tokens: int, *, joint: bool = False
         joint: whether text is in the sequence too.
     """
     queries, keys = cluster_counts(attention, tokens)
-    # A run of keys is a word of 31 bits, of which the clusters, a prompt's with them, take theirs.
-    most = 1 << (31 - keys.bit_length())
+    # A prompt's cluster with them.
+    most = most_rows(keys + 1)
     if tokens > most:
         raise ValueError(f"attention.key_clusters is {keys} for {tokens} tokens; accepted: fewer for more than {most}")
     parts = {f"the stand-ins of {keys} key clusters": keys} if has_tail(attention) else {}

@@ -1,8 +1,6 @@
 """Variable-block attention against the fp32 reference: every shape of cluster, map, order, tail and precision."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +11,7 @@ from semvid.kernels import attention as module
 from semvid.kernels import reference
 from semvid.kernels.attention import Tile, attention, plan
 from semvid.kernels.layout import BlockMap, Plan, Tail
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 
 class Case(NamedTuple):
@@ -288,7 +285,7 @@ def sampled(c: Case, h: int, i: int, order: Tensor | None) -> tuple[Tensor, Tens
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("H", "N", "Cq"), [(40, 75_600, 300), (24, 118_800, 400)])
-def test_real_size(H: int, N: int, Cq: int, device: torch.device, no_sync: NoSync) -> None:
+def test_real_size(H: int, N: int, Cq: int, device: torch.device) -> None:
     """Sampled rows against fp32; without a host sync; the same bits twice."""
     c = big_case(H, N, Cq, 1000, device)
     order = torch.rand(H, N, device=device).argsort(-1).to(torch.int32)

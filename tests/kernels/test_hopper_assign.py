@@ -1,7 +1,5 @@
 """`assign` for Hopper against the Triton one. On a CPU: what is refused, and what is handed to the launch."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -10,8 +8,7 @@ from torch import Tensor
 
 from semvid.kernels import hopper, hopper_assign, kmeans, reference
 from semvid.kernels.dispatch import missing
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 DTYPES = [torch.bfloat16, torch.float16]
 LAYOUTS = ["packed", "heads inside", "part of a larger one"]
@@ -228,7 +225,7 @@ def test_addresses_past_two_to_the_31_are_right(gpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_labels_never_wait_for_the_host(gpu: torch.device, no_sync: NoSync) -> None:
+def test_labels_never_wait_for_the_host(gpu: torch.device) -> None:
     x, centroids = clustered(4, 5000, 100, 128, torch.bfloat16, gpu)
     with no_sync():
         labels = hopper_assign.assign(x, centroids)

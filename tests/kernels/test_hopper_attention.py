@@ -5,8 +5,6 @@ Gluon has no interpreter, so that the kernel itself runs on a Hopper GPU only.
 
 import math
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,8 +18,7 @@ from semvid.kernels.dispatch import missing
 from semvid.kernels.hopper_attention import attention
 from semvid.kernels.layout import BlockMap, Plan, Tail
 from semvid.kernels.runs import plan
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -242,7 +239,7 @@ def test_large_scores_do_not_overflow(gpu: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("H", "N", "Cq", "Ck"), [(40, 75_600, 300, 1000), (24, 118_800, 400, 2000)])
 def test_real_size_repeats_bit_for_bit_and_never_waits_for_the_host(
-    H: int, N: int, Cq: int, Ck: int, gpu: torch.device, no_sync: NoSync
+    H: int, N: int, Cq: int, Ck: int, gpu: torch.device
 ) -> None:
     c = draw(H, N, N, 128, Cq, Ck, 0.15, torch.bfloat16, gpu)
     tail = draw_tail(c)

@@ -1,8 +1,6 @@
 """Nearest centroids and cluster sums against the reference; labels tie-aware, or exactly where ties are exact."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from torch import Tensor
 
 from semvid.kernels import kmeans, permute, reference
 from semvid.kernels.layout import Permutation
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # What rounding a centroid to the dtype may move it by, relative to its norm.
@@ -296,7 +293,7 @@ def test_sums_do_not_hang_on_how_many_rows_are_added_at_once(
 
 
 @pytest.mark.gpu
-def test_an_iteration_never_waits_for_the_host(device: torch.device, no_sync: NoSync) -> None:
+def test_an_iteration_never_waits_for_the_host(device: torch.device) -> None:
     x = torch.randn(4, 5000, 128, device=device, dtype=torch.bfloat16)
     centroids = torch.randn(4, 100, 128, device=device)
     with no_sync():

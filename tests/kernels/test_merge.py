@@ -1,8 +1,6 @@
 """merge against the reference, with sides that hold no key."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from torch import Tensor
 
 from semvid.kernels import reference
 from semvid.kernels.merge import merge
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 
 def sides(H: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -83,7 +80,7 @@ def test_rejects_sides_that_differ(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_real_size_never_waits_for_the_host(device: torch.device, no_sync: NoSync) -> None:
+def test_real_size_never_waits_for_the_host(device: torch.device) -> None:
     a = [torch.randn(40, 75600, 128, device=device, dtype=torch.bfloat16), torch.randn(40, 75600, device=device)]
     b = [torch.randn_like(a[0]), torch.randn_like(a[1])]
     merge(*a, *b)

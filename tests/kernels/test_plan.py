@@ -1,16 +1,13 @@
 """The plan of attention against a plain reading of the map."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import pytest
 import torch
 from torch import Tensor
 
 from semvid.kernels.layout import BlockMap, Plan
-from semvid.kernels.runs import ITEM_ROWS, Lists, cluster_bits, most_rows, plan
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from semvid.kernels.limits import cluster_bits, most_rows
+from semvid.kernels.runs import ITEM_ROWS, Lists, plan
+from tests.no_sync import no_sync
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -144,7 +141,7 @@ def test_rejects_offsets_of_another_number_of_clusters(device: torch.device) -> 
 
 
 @pytest.mark.gpu
-def test_real_size_without_sync_and_the_same_twice(device: torch.device, no_sync: NoSync) -> None:
+def test_real_size_without_sync_and_the_same_twice(device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
     k_sizes = torch.rand(40, 1000, generator=g).pow(2).mul(228).int()
     q_sizes = torch.rand(40, 300, generator=g).pow(2).mul(756).int()

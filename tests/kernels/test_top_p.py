@@ -1,8 +1,6 @@
 """The block map and its density against the reference; differences are allowed only where a rounded sum decides."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from fractions import Fraction
 
 import pytest
@@ -11,8 +9,7 @@ from torch import Tensor
 
 from semvid.kernels import kmeans, permute, reference, top_p
 from semvid.kernels.layout import BlockMap, least_clusters
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 
 def make_inputs(H: int, Cq: int, Ck: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +255,7 @@ def test_map_at_real_size(H: int, Cq: int, Ck: int, p: float, floor: float, devi
 
 
 @pytest.mark.gpu
-def test_the_map_never_waits_for_the_host(device: torch.device, no_sync: NoSync) -> None:
+def test_the_map_never_waits_for_the_host(device: torch.device) -> None:
     q, k = torch.randn(4, 30, 128, device=device), torch.randn(4, 100, 128, device=device)
     sizes = torch.ones(4, 100, dtype=torch.int32, device=device)
     q_sizes, floors = torch.ones(4, 30, dtype=torch.int32, device=device), torch.rand(4, device=device)

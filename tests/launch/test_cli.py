@@ -131,6 +131,8 @@ def test_an_out_folder_with_anything_in_it_is_left_alone(empty: Path, capsys: py
 
 def test_a_model_is_found_from_wherever_the_job_goes_on(empty: Path, tiny_model: Path) -> None:
     (empty / "model").symlink_to(tiny_model)
+    # Somebody's folder of that name is not the embedded model.
+    (empty / "demo").mkdir()
     for model, path in (("model", str(empty / "model")), ("demo", "demo")):
         args = cli._parser().parse_args(["run", "a ball", "--model", model, *SMALL])
         assert config_of(args, None).model.path == path

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from semvid.launch import cli, lease
+from semvid.launch import cli, lease, queue_commands
+from semvid.launch.request import Request
 from semvid.runtime import job as jobs
 from semvid.runtime.config import Config
 from semvid.runtime.job import Job
@@ -102,6 +103,21 @@ def test_a_lease_of_another_host_that_beats_is_held(job: Job, monkeypatch: pytes
     monkeypatch.setattr(time, "sleep", beating)
     with pytest.raises(lease.HeldError, match="is being run by process 7 on elsewhere"), lease.hold(job.folder):
         pass
+
+
+def test_a_cluster_is_not_asked_for_a_job_that_somebody_runs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 0.2)
+    job.log("start", state="running")
+    before = list(job.events())
+    with lease.hold(job.folder), pytest.raises(lease.HeldError, match="is being run by process"):
+        queue_commands.run(job, Request(gpus=1), "127.0.0.1:9", as_json=False)
+    assert list(job.events()) == before
+    assert lease.check_free(job.folder) is None
+    # Whoever ran it on another host may have died with it: its count stands still.
+    foreign(job, 5)
+    found = lease.check_free(job.folder)
+    assert found is not None
+    assert (found.pid, found.host) == (7, "elsewhere")
 
 
 def test_who_loses_a_lease_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints: what they hold, that a job goes on from them as if nothing had been, and that damage is known."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -497,16 +499,12 @@ def _through_windows(rank: int, world: int, model: Path, folder: Path, configs: 
         assert len({str(parts) for parts in whole}) > 3, kind
         for step in range(2, 6):
             del cuts[:]
-            job, told = Job(folder / kind / str(step), config), []
+            job = Job(folder / kind / str(step), config)
             for stop in (step, 0):
                 with pytest.raises(StoppedError) if stop else nullcontext():
-                    told = []
-                    generate(
-                        job,
-                        pipeline=pipeline,
-                        ranks=ranks,
-                        told_to_stop=lambda told=told, stop=stop: told.append(1) is None and len(told) == stop,
-                    )
+                    calls = itertools.count(1)
+                    told = partial(lambda calls, stop: next(calls) == stop, calls, stop)
+                    generate(job, pipeline=pipeline, ranks=ranks, told_to_stop=told)
             assert cuts == whole, (kind, step)
 
 

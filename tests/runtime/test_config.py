@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 
 from semvid.kernels import top_p
-from semvid.kernels.runs import most_rows
+from semvid.kernels.limits import MAX_KEY_CLUSTERS, most_rows
 from semvid.runtime import settings
 from semvid.runtime.config import (
-    MAX_KEY_CLUSTERS,
     AttentionConfig,
     ClusterCounts,
     Config,

@@ -1,8 +1,6 @@
 """Prompt tokens as one more cluster: orders, counts and maps."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ from semvid.runtime.prompt import Prompt
 from semvid.runtime.refresh import made_ready, plans_of
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 VIDEO, TEXT = 120, 7
 
@@ -66,7 +63,7 @@ def test_every_shards_prompt_tokens_are_counted(tokens: int, ranks: int) -> None
 
 
 @pytest.mark.gpu
-def test_counting_the_prompt_never_waits_for_the_device(no_sync: NoSync) -> None:
+def test_counting_the_prompt_never_waits_for_the_device() -> None:
     counts = Counts(*(torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in ((2, 3, 4), (2, 3, 5), (3, 4))))
     with no_sync():
         found = Prompt(7, Shard(1, 2, 8)).counted(counts)

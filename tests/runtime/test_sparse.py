@@ -1,5 +1,3 @@
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -16,8 +14,7 @@ from semvid.runtime.refresh import made_ready, plans_of
 from semvid.runtime.schedule import Dense, Refresh, Refreshed, Reuse
 from semvid.runtime.session import Position, Session
 from semvid.runtime.sparse import decision, sparse_attention
-
-NoSync = Callable[[], AbstractContextManager[None]]
+from tests.no_sync import no_sync
 
 
 def make(seed: int = 0, **attention: Any) -> Session:
@@ -361,7 +358,7 @@ def on_gpu(**parts: Any) -> tuple[Session, tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", [{}, {"tail": "second", "anchors": "yes"}])
 @pytest.mark.parametrize(("step", "todo"), [(1, Reuse()), (2, Refresh(2, seeded=False))])
-def test_a_call_never_waits_for_the_host(step: int, todo: object, parts: dict[str, Any], no_sync: NoSync) -> None:
+def test_a_call_never_waits_for_the_host(step: int, todo: object, parts: dict[str, Any]) -> None:
     session, x = on_gpu(**parts)
     for other in (1, 2):
         # Compiles what either decision needs.
@@ -375,7 +372,7 @@ def test_a_call_never_waits_for_the_host(step: int, todo: object, parts: dict[st
 
 
 @pytest.mark.gpu
-def test_a_first_call_never_waits_for_the_host(no_sync: NoSync) -> None:
+def test_a_first_call_never_waits_for_the_host() -> None:
     session, x = on_gpu()
     with no_sync():
         out = call(session, x, layer=2)
