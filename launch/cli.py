@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semvid.launch import env, launchers, queue_commands, schedule
+from semvid.launch import env, errors, machine
 from semvid.launch.bench import commands as bench_commands
 from semvid.launch.bench import options as bench_options
-from semvid.launch.bench import quality_command, video_commands
-from semvid.launch.estimate import add_estimate
-from semvid.launch.job_options import (
+from semvid.launch.bench import video_commands
+from semvid.launch.bench.quality import command as quality_command
+from semvid.launch.commands import launchers, queue, schedule
+from semvid.launch.commands.estimate import add_estimate
+from semvid.launch.commands.job_options import (
     JSON_HELP,
     add_job_options,
     add_run_options,
@@ -25,10 +27,10 @@ from semvid.launch.job_options import (
     replaced,
 )
 from semvid.parallel.mesh import Mesh
-from semvid.runtime import folder as folders
-from semvid.runtime import job as jobs
 from semvid.runtime.config import AttentionConfig, Config, ModelConfig
-from semvid.runtime.job import Job
+from semvid.runtime.jobs import job as jobs
+from semvid.runtime.jobs.job import Job
+from semvid.runtime.models import folder as folders
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 (a check failed), 2 (bad input), 130 or 143 (stopped)."""
-    return env.exit_code("semvid", lambda: _command(argv))
+    return errors.exit_code("semvid", lambda: _command(argv))
 
 
 def _command(argv: Sequence[str] | None) -> int:
@@ -76,7 +78,7 @@ def _command(argv: Sequence[str] | None) -> int:
 def _parser() -> Parser:
     about = "Video from diffusion transformers with semantic sparse attention."
     parser = Parser("semvid", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"semvid {env.versions()['semvid']}")
+    parser.add_argument("--version", action="version", version=f"semvid {machine.versions()['semvid']}")
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="make a video", allow_abbrev=False, description="Make a video.")
@@ -108,7 +110,7 @@ def _parser() -> Parser:
         "--against", metavar="B", default="dense", help=f"the yardstick: {presets_text()} (default: %(default)s)"
     )
     compare.set_defaults(run=_compare, parser=compare)
-    queue_commands.add(commands, add_run_options, replaced)
+    queue.add(commands, add_run_options, replaced)
     add_estimate(commands.add_parser)
     _add_bench(commands)
     schedule.add_schedule(commands.add_parser)
@@ -193,7 +195,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    job = queue_commands.resume(args.job, args.root)
+    job = queue.resume(args.job, args.root)
     if job.done:
         raise ValueError(f"{args.job!r} holds a job that is done; its video is {job.video}")
     folders.check(job.config, folders.inspect(folders.locate(job.config.model.path)))
@@ -212,7 +214,7 @@ def _starter(args: argparse.Namespace, config: Config) -> Callable[[Job], int]:
             _mesh(args, config)
             return lambda job: launchers.ray_here(job, wanted, args.json)
         launchers.check_address(address)
-        return lambda job: queue_commands.run(job, wanted, address, args.json)
+        return lambda job: queue.run(job, wanted, address, args.json)
     mesh = _mesh(args, config)
     if launcher == "torchrun":
         return lambda job: launchers.torchrun(job, args)
@@ -221,18 +223,18 @@ def _starter(args: argparse.Namespace, config: Config) -> Callable[[Job], int]:
 
 def _start(job: Job, mesh: Mesh, as_json: bool) -> int:
     """Runs a job here, or in as many processes as its mesh has ranks, and returns the exit code."""
-    from semvid.launch import worker
+    from semvid.launch.ranks import worker
 
     if mesh.world_size == 1:
         return worker.alone(job.folder, as_json)
-    from semvid.launch import processes
+    from semvid.launch.ranks import local
 
-    return processes.recover(job, mesh.world_size, worker.take_part, job.folder, str(mesh), as_json)
+    return local.recover(job, mesh.world_size, worker.take_part, job.folder, str(mesh), as_json)
 
 
 def _mesh(args: argparse.Namespace, config: Config) -> Mesh:
     """Returns the mesh of --gpus and --mesh; raises ValueError if this machine can't realise it."""
-    from semvid.launch.worker import resolve_mesh
+    from semvid.launch.ranks.mesh_choice import resolve_mesh
 
     _check_gpus(args.gpus, config.model.device)
     launchers.check_sharing(config, args.gpus)
@@ -266,7 +268,7 @@ def _compare(args: argparse.Namespace) -> int:
     for side in presets:
         launchers.check_sharing(config[side], 1)
         jobs.check_out(folder / side)
-    from semvid.launch.compare import compare, table
+    from semvid.launch.commands.compare import compare, table
 
     report = compare(folder, config)
     print("\n".join(table(report)), file=sys.stderr if args.json else sys.stdout)
@@ -290,7 +292,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
     )
     # Before torch is imported.
     bench_options.check(options)
-    from semvid.launch.bench import kernels
+    from semvid.launch.bench.kernels import run as kernels
 
     report, lines = kernels.run(options, args.out)
     print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)
@@ -315,7 +317,7 @@ def _bench_plan(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from semvid.launch.doctor import examine, lines
+    from semvid.launch.commands.doctor import examine, lines
 
     found: dict[str, Any] = examine()
     print(json.dumps(found) if args.json else "\n".join(lines(found)))

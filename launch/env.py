@@ -1,15 +1,12 @@
-"""The process's surroundings: cores, thread settings, its seat among others, and what a result must name."""
+"""The process's surroundings: environment variables, its seat among others, signals, threads."""
 
 import contextlib
 import ctypes
-import importlib.metadata
 import logging
 import mmap
 import os
-import platform
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import warnings
@@ -17,23 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from semvid.runtime import pulse
-from semvid.runtime.job import StoppedError
-from semvid.runtime.pulse import Fault, Pulse
+from semvid.launch import machine
+from semvid.runtime.jobs import heartbeat
+from semvid.runtime.jobs.heartbeat import Fault, Pulse
 
-PACKAGES = ("semvid", "torch", "triton", "diffusers", "transformers", "ray", "av")
 PR_SET_PDEATHSIG = 1
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Where all ranks are on one machine they need not be reached by others."""
-STOPPED = 128 + signal.SIGTERM
 BOARD = "SEMVID_BOARD"
 """The number of an open file: the board of a rank that is watched."""
 PARENT = "SEMVID_PARENT"
 """The process that a rank must not outlive."""
 FAULT = "SEMVID_FAULT"
 """Faults of a test, such as kill:rank=1:point=exchange:step=3;hang:point=decode."""
-MORE_MEMORY = "fewer --frames, a smaller --height and --width, or more --gpus need less"
-INTERRUPTED = "interrupted; the job folder says how far it came"
 
 
 class Seat(NamedTuple):
@@ -111,7 +104,7 @@ def watched(folder: Path, rank: int, board: Any = None) -> Pulse:
         ValueError: SEMVID_FAULT is none.
     """
     if board is None and BOARD in os.environ:
-        board = mmap.mmap(int(os.environ[BOARD]), pulse.BOARD_BYTES)
+        board = mmap.mmap(int(os.environ[BOARD]), heartbeat.BOARD_BYTES)
     return Pulse(board, rank, faults(os.environ.get(FAULT, "")), folder)
 
 
@@ -157,11 +150,11 @@ def faults(text: str) -> tuple[Fault, ...]:
         point = values.pop("point", "")
         if (
             action not in ("kill", "hang")
-            or point not in pulse.POINTS
+            or point not in heartbeat.POINTS
             or values
             or not all(number.isdecimal() for number in numbers.values())
         ):
-            accepted = f"kill or hang, then point=({'|'.join(pulse.POINTS)}) and, if wanted, rank=, step=, times="
+            accepted = f"kill or hang, then point=({'|'.join(heartbeat.POINTS)}) and, if wanted, rank=, step=, times="
             raise ValueError(f"{FAULT} is {text!r}; accepted: {accepted}, all joined by colons")
         given = {name: int(number) for name, number in numbers.items()}
         found.append(Fault(action="kill" if action == "kill" else "hang", point=point, **given))
@@ -205,7 +198,7 @@ def prepare(processes: int = 1) -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.usable_cores() // processes)))
     # Nothing here needs NVLink multicast, and binding memory to it can leave a host's GPUs hanging.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     # Checkpoints are local folders: nothing is looked up on a network.
@@ -222,102 +215,3 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
         yield told.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def exit_code(program: str, work: Callable[[], int]) -> int:
-    """Returns what `work` returns, or in one line what stopped it and 2 (bad input), 1 (the machine), 130 (Ctrl-C).
-
-    143 is a job that was told to stop by SIGTERM, and that has said so.
-
-    Args:
-        program: what stands before the line.
-        work: the program itself; a defect's exception passes through with its traceback.
-    """
-    try:
-        return work()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message, code = explain(error)
-    except StoppedError:
-        return STOPPED
-    except KeyboardInterrupt:
-        message, code = INTERRUPTED, 130
-    print(f"{program}: {message}", file=sys.stderr)
-    return code
-
-
-def explain(error: Exception) -> tuple[str, int]:
-    """Returns what to tell a person of an error, and the exit code: 2 for bad input, 1 for what is the machine's.
-
-    Raises:
-        Exception: `error` itself, if it is a defect.
-    """
-    if isinstance(error, ValueError):
-        return " ".join(str(error).split()), 2
-    return failure(error), 1
-
-
-def failure(error: Exception) -> str:
-    """Returns what to tell a person of an error that is the machine's and not the input's.
-
-    Raises:
-        Exception: `error` itself, if it is neither the file system's nor a lack of memory: a defect keeps its trace.
-    """
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    if lacks_memory(error):
-        return f"out of memory; {MORE_MEMORY}"
-    raise error
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Returns whether an error says that memory, of the machine or of a GPU, is used up."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-
-
-def usable_cores() -> int:
-    """Returns how many cores this process may use: its affinity, or a container's CPU quota if that is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(Path("/sys/fs/cgroup/cpu.max"))
-    return max(1, min(cores, quota or cores))
-
-
-def versions() -> dict[str, str]:
-    """Returns the installed version of each package that a result depends on; "" where one is missing."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
-
-
-def surroundings(device: str) -> dict[str, Any]:
-    """Returns what a measured number must name: device, versions, and the commit where it is known."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {usable_cores()} cores"
-    return {"device": name, "versions": versions(), "commit": commit()}
-
-
-def commit() -> str | None:
-    """Returns the commit of the source that runs: SEMVID_COMMIT, or what git says; None for an installed package."""
-    if "SEMVID_COMMIT" in os.environ:
-        return os.environ["SEMVID_COMMIT"]
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _quota(path: Path) -> int | None:
-    """Returns the cores of a cgroup v2 cpu.max file ("200000 100000" is 2), None without a limit."""
-    try:
-        limit, period = path.read_text().split()
-        return None if limit == "max" else max(1, round(int(limit) / int(period)))
-    except (OSError, ValueError):
-        return None

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
-from semvid.runtime.job import Job
+from semvid.runtime.jobs.job import Job
 from semvid.runtime.settings import measured
 
 if TYPE_CHECKING:
-    from semvid.runtime.generate import Progress, Result
+    from semvid.runtime.jobs.generate import Progress, Result
 
 NAME = "report.json"
 SPARSE = "sparse calls"

@@ -12,14 +12,14 @@ from torch import Tensor
 from semvid.kernels import dispatch
 from semvid.parallel.ranks import Ranks
 from semvid.parallel.xdit import KEY, WholeAttention, ranks_of_xfuser, register_attention, usp_dense
+from semvid.runtime.attention.call import decision, sparse_attention
+from semvid.runtime.attention.density import Density
+from semvid.runtime.attention.processors import fold, fold_turned, project, unfold
+from semvid.runtime.attention.schedule import Dense
+from semvid.runtime.attention.session import Session
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.metrics import Density
-from semvid.runtime.models import HOOK, PositionHook, check_device, registry_of
-from semvid.runtime.processors import fold, fold_turned, project, unfold
-from semvid.runtime.schedule import Dense
-from semvid.runtime.session import Session
+from semvid.runtime.models.install import HOOK, PositionHook, check_device, registry_of
 from semvid.runtime.settings import resolve
-from semvid.runtime.sparse import decision, sparse_attention
 
 
 class Registered:

@@ -24,7 +24,7 @@ from semvid.runtime.config import Config
 from semvid.runtime.settings import DEMO_MODEL, resolve
 
 if TYPE_CHECKING:
-    from semvid.runtime.published import Published
+    from semvid.runtime.models.published import Published
 
 if not torch.cuda.is_available():
     # Read by triton at import, so before any test imports a kernel.
@@ -104,7 +104,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes the tiny checkpoint of a published model, once."""
-    from semvid.runtime import published
+    from semvid.runtime.models import published
 
     made: dict[str, Path] = {}
 

@@ -80,7 +80,7 @@ def test_kernels_is_no_regular_package() -> None:
 
 def test_every_folder_is_packaged_with_its_types() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    inner = [str(path.parent.relative_to(ROOT)) for name in FOLDERS for path in (ROOT / name).glob("*/__init__.py")]
+    inner = [str(path.parent.relative_to(ROOT)) for name in FOLDERS for path in (ROOT / name).glob("*/**/__init__.py")]
     packages = [*FOLDERS, *(name.replace("/", ".") for name in inner)]
     assert sorted(setuptools["packages"]) == sorted(f"semvid.{name}" for name in [*packages, "configs"])
     for name in FOLDERS:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from semvid.launch.bench import options as settings
 from semvid.launch.bench.options import LayerOptions, SweepOptions
-from semvid.runtime import job as jobs
+from semvid.runtime.jobs import job as jobs
 
 
 def add_layer(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -65,7 +65,7 @@ def _layer(args: argparse.Namespace) -> int:
     )
     # Before torch is imported.
     settings.check_layer(options)
-    from semvid.launch.bench import layer
+    from semvid.launch.bench.whole import layer
 
     report, lines = layer.run(options, args.out or jobs.default_folder("bench-layer"))
     print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)
@@ -106,7 +106,7 @@ def add_attention(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    from semvid.runtime.session import resolve_device
+    from semvid.runtime.device import resolve_device
 
     device = resolve_device(args.device).type
     default = SweepOptions(shapes=())
@@ -126,7 +126,7 @@ def _attention(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     settings.check_sweep(options)
-    from semvid.launch.bench import sweep
+    from semvid.launch.bench.kernels import sweep
 
     report, lines = sweep.run(options, args.out or jobs.default_folder("bench-attention"))
     print("\n".join(lines), file=sys.stderr if args.json else sys.stdout)

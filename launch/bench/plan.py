@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from semvid.launch import env
+from semvid.launch import machine
 from semvid.launch.bench.options import PlanOptions, check_plan
 from semvid.parallel.balance import Ints, Piece, balance, contiguous, longest_first
 
@@ -79,9 +79,9 @@ def run(options: PlanOptions) -> tuple[dict[str, Any], list[str]]:
         planner_ms[str(size)] = round(statistics.median(ms for _, times in timed for ms in times), 3)
     report = {
         "bench": "plan",
-        "device": f"CPU, {env.usable_cores()} cores",
-        "versions": env.versions(),
-        "commit": env.commit(),
+        "device": f"CPU, {machine.usable_cores()} cores",
+        "versions": machine.versions(),
+        "commit": machine.commit(),
         "traces": options.traces.name,
         "query_clusters": options.query_clusters,
         "piece_cost": options.piece_cost,

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from semvid.launch import deployment as deployments
 from semvid.launch.bench import video_options
 from semvid.launch.bench.options import words
 from semvid.launch.bench.video_options import PARTS, E2eOptions, ThroughputOptions
-from semvid.runtime import job as jobs
-from semvid.runtime import published, settings
+from semvid.launch.commands import deployment as deployments
+from semvid.runtime import settings
+from semvid.runtime.jobs import job as jobs
+from semvid.runtime.models import published
 
 AddParser = Callable[..., argparse.ArgumentParser]
 
@@ -93,7 +94,7 @@ def _checkpoint(args: argparse.Namespace) -> int:
         raise ValueError(f"--out is {str(args.out)!r}, which exists; accepted: a new folder")
     import torch
 
-    from semvid.runtime.session import resolve_device
+    from semvid.runtime.device import resolve_device
 
     device = resolve_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -122,7 +123,7 @@ def _e2e(args: argparse.Namespace) -> int:
     )
     # Before torch is imported.
     video_options.check_e2e(options)
-    from semvid.launch.bench import e2e
+    from semvid.launch.bench.whole import e2e
 
     report, lines = e2e.run(options, args.out or jobs.default_folder(f"bench-e2e-{deployment.name}"))
     return _print(report, lines, args.json)
@@ -136,7 +137,7 @@ def _throughput(args: argparse.Namespace) -> int:
     for name in ("model", "config", "preset", "steps", "height", "width", "frames"):
         if getattr(args, name) is not None:
             given += [f"--{name}", str(getattr(args, name))]
-    from semvid.launch.bench import throughput
+    from semvid.launch.bench.whole import throughput
 
     report, lines = throughput.run(options, given, args.out or jobs.default_folder("bench-throughput"))
     return _print(report, lines, args.json)

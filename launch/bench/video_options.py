@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from semvid.launch.bench.options import LEAST_DENSITY
-from semvid.launch.deployment import Deployment
+from semvid.launch.commands.deployment import Deployment
 
 Part = Literal["transformer", "vae", "text"]
 PARTS: tuple[str, ...] = typing.get_args(Part)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from semvid.launch import cli
-from semvid.launch.job_options import config_of
+from semvid.launch.commands.job_options import config_of
+from semvid.runtime.jobs.video import encoder
 from semvid.runtime.settings import DEMO_MODEL
-from semvid.runtime.video import encoder
 
 SMALL = ["--height", "64", "--width", "96", "--frames", "17", "--steps", "2", "--seed", "3", "--dtype", "fp32"]
 
@@ -196,7 +196,7 @@ def test_the_worker_runs_a_job_folder(made: tuple[Path, dict[str, Any], str], tm
     folder, report, _ = made
     (tmp_path / "job").mkdir()
     shutil.copy(folder / "job.toml", tmp_path / "job")
-    args = [sys.executable, "-m", "semvid.launch.worker", "--job", str(tmp_path / "job")]
+    args = [sys.executable, "-m", "semvid.launch.ranks.worker", "--job", str(tmp_path / "job")]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
     assert report["frames_sha256"] in done.stdout
     left = [(tmp_path / "job" / name).stat().st_mtime_ns for name in ("video.mp4", "events.jsonl")]

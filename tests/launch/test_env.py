@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from semvid.launch import env
-from semvid.runtime.pulse import Fault
+from semvid.launch import env, errors, machine
+from semvid.runtime.jobs.heartbeat import Fault
 
 
 @pytest.mark.parametrize(
@@ -11,8 +11,8 @@ from semvid.runtime.pulse import Fault
 )
 def test_a_containers_quota_limits_the_cores(text: str, cores: int | None, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(text)
-    assert env._quota(tmp_path / "cpu.max") == cores
-    assert env._quota(tmp_path / "absent") is None
+    assert machine._quota(tmp_path / "cpu.max") == cores
+    assert machine._quota(tmp_path / "absent") is None
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("processes", "threads"), [(1, "8"), (3, "2"), (16, "1")])
 def test_processes_share_the_cores(processes: int, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(env, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     env.prepare(processes)
     assert env.os.environ["OMP_NUM_THREADS"] == threads
 
@@ -56,15 +56,15 @@ def test_a_wait_policy_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_a_commit_is_named_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMVID_COMMIT", "abc")
-    assert env.commit() == "abc"
+    assert machine.commit() == "abc"
 
 
 def test_a_failure_of_the_machine_is_one_line_and_a_defect_keeps_its_traceback() -> None:
-    assert env.failure(OSError(28, "No space left on device", "video.mp4")) == "No space left on device: video.mp4"
-    assert "fewer --frames" in env.failure(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert "fewer --frames" in env.failure(MemoryError())
+    assert errors.failure(OSError(28, "No space left on device", "video.mp4")) == "No space left on device: video.mp4"
+    assert "fewer --frames" in errors.failure(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "fewer --frames" in errors.failure(MemoryError())
     with pytest.raises(RuntimeError, match="shape"):
-        env.failure(RuntimeError("shape mismatch"))
+        errors.failure(RuntimeError("shape mismatch"))
 
 
 FAULTS = [

@@ -21,12 +21,12 @@ from semvid.parallel.ranks import Ranks, connect
 from semvid.parallel.ring import attend_exchanged
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import open_windows
-from semvid.runtime.cache import Memory
+from semvid.runtime.attention.call import dense_attention, sparse_attention
+from semvid.runtime.attention.refresh import made_ready, plans_of
+from semvid.runtime.attention.schedule import Refresh, Reuse
+from semvid.runtime.attention.session import Position, Session
+from semvid.runtime.attention.state import Memory
 from semvid.runtime.config import AttentionConfig
-from semvid.runtime.refresh import made_ready, plans_of
-from semvid.runtime.schedule import Refresh, Reuse
-from semvid.runtime.session import Position, Session
-from semvid.runtime.sparse import dense_attention, sparse_attention
 from tests.parallel.file_windows import FileWindows
 
 FIRST, AGAIN = Refresh(3, seeded=True), Refresh(1, seeded=False)

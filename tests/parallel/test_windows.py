@@ -21,7 +21,7 @@ from semvid.parallel.ranks import Ranks
 from semvid.parallel.ring import Attend, attend_through_windows
 from semvid.parallel.shard import Shard
 from semvid.parallel.windows import ROWS_STEP, Views, Windows
-from semvid.runtime.memory import WAYS
+from semvid.runtime.models.predicted_memory import WAYS
 
 OPS = select("reference", torch.device("cpu"))
 

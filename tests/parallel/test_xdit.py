@@ -20,10 +20,10 @@ from semvid.parallel.mesh import Mesh
 from semvid.parallel.ranks import Ranks, connect
 from semvid.parallel.shard import Shard
 from semvid.runtime import load_pipeline, sparsify
+from semvid.runtime.attention.call import dense_attention
+from semvid.runtime.attention.processors import fold_turned, project
+from semvid.runtime.attention.session import Session
 from semvid.runtime.config import AttentionConfig, ModelConfig
-from semvid.runtime.processors import fold_turned, project
-from semvid.runtime.session import Session
-from semvid.runtime.sparse import dense_attention
 from semvid.runtime.xdit import Registered, register
 
 # 120 tokens; the odd size has 175.

@@ -7,14 +7,7 @@ import pytest
 from semvid.kernels import top_p
 from semvid.kernels.limits import MAX_KEY_CLUSTERS, most_rows
 from semvid.runtime import settings
-from semvid.runtime.config import (
-    AttentionConfig,
-    ClusterCounts,
-    Config,
-    check_tokens,
-    cluster_counts,
-    has_anchors,
-)
+from semvid.runtime.config import AttentionConfig, ClusterCounts, Config, check_tokens, cluster_counts, has_anchors
 from semvid.runtime.settings import measured, resolve
 
 PROMPT = {"video": {"prompt": "a ball"}}

@@ -1,0 +1,1 @@
+"""Every op checked, then timed against its baselines."""

@@ -1,0 +1,1 @@
+"""How close each method comes to dense attention."""

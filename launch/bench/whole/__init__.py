@@ -1,0 +1,1 @@
+"""Layers, whole models and jobs, timed on one or several GPUs."""

@@ -1,0 +1,1 @@
+"""Jobs that wait for GPUs, and the actor that starts them."""

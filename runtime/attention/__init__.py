@@ -1,0 +1,1 @@
+"""One self-attention call and what a job remembers between calls."""

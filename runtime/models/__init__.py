@@ -1,0 +1,1 @@
+"""Checkpoints, model families, and putting semvid's attention into a pipeline."""
