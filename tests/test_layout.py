@@ -9,6 +9,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "parallel", "runtime", "launch")  # each may import itself and those before it
+# Inside a folder each room may import itself and those before it; runtime/__init__.py is the door above them all.
+ROOMS = {
+    "runtime": ("config", "settings", "device", "layers", "attention", "models", "jobs", "xdit", "__init__"),
+    "launch": (
+        "errors",
+        "machine",
+        "env",
+        "report",
+        "control",
+        "ranks",
+        "queue",
+        "commands",
+        "bench",
+        "cli",
+        "__init__",
+    ),
+}
 HOMES = {
     "triton": "kernels/",
     "torch.distributed": "parallel/",
@@ -16,7 +33,7 @@ HOMES = {
     "yunchang": "parallel/xdit.py",
     "diffusers": "runtime/",
     "transformers": "runtime/",
-    "ray": "launch/",
+    "ray": ("launch/ranks/ray_cluster.py", "launch/queue/ray_actor.py"),
     "argparse": "launch/",
 }
 
@@ -44,6 +61,50 @@ def test_imports_go_downward_only(path: Path) -> None:
         if parts[0] == "semvid":
             assert parts[1] in FOLDERS, f"{path} imports {name}"
             assert FOLDERS.index(parts[1]) <= mine, f"{path} imports {name}, which lies above it"
+
+
+def room_of(module: str) -> tuple[str, int] | None:
+    """Returns the folder of semvid.`folder`.`room`… and the floor of its room; None where a folder has no rooms."""
+    parts = module.split(".")
+    if parts[0] != "semvid" or len(parts) < 3 or parts[1] not in ROOMS:
+        return None
+    # What is taken from the folder itself comes through its door.
+    room = parts[2] if parts[2] in ROOMS[parts[1]] else "__init__"
+    return parts[1], ROOMS[parts[1]].index(room)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_are_entered_from_above_only(path: Path) -> None:
+    place = path.relative_to(ROOT).with_suffix("")
+    mine = room_of(".".join(("semvid", *place.parts)))
+    if mine is None:
+        return
+    assert place.parts[1] in ROOMS[mine[0]], f"{path} is in no room that tests/test_layout.py knows"
+    for name in imports(path):
+        theirs = room_of(name)
+        if theirs is not None and theirs[0] == mine[0]:
+            assert theirs[1] <= mine[1], f"{path} imports {name}, which lies above it"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    modules = {".".join(("semvid", *path.relative_to(ROOT).with_suffix("").parts)): path for path in sources()}
+    graph = {
+        name: {m for m in modules for i in top_imports(path) if i == m or i.startswith(m + ".")} - {name}
+        for name, path in modules.items()
+    }
+    while leaves := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"these import each other in a circle: {sorted(graph)}"
+
+
+def top_imports(path: Path) -> Iterator[str]:
+    """Yields what a module imports when it is imported."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
