@@ -1,4 +1,4 @@
-"""One rank of one job, alone or by torchrun: `python -m semvid.launch.worker --job DIR` runs a folder's job.toml."""
+"""One rank of one job, alone or by torchrun: `python -m semvid.launch.ranks.worker --job DIR` runs its job.toml."""
 
 import contextlib
 import sys

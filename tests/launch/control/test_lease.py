@@ -27,7 +27,7 @@ def job(tiny_config: Callable[..., Config], tmp_path: Path) -> Job:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from semvid.launch import lease
+from semvid.launch.control import lease
 with lease.hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

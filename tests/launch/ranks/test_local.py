@@ -186,10 +186,11 @@ def test_a_rank_that_fails_ends_all_with_its_own_error(
 PROGRAM = """
 import sys
 from pathlib import Path
-from semvid.launch import env, processes
-from semvid.runtime import job
+from semvid.launch import errors
+from semvid.launch.ranks import local
+from semvid.runtime.jobs import job
 from tests.launch.ranks.test_local import waits
-sys.exit(env.exit_code("semvid", lambda: processes.run(job.load(Path(sys.argv[1])), 2, waits)))
+sys.exit(errors.exit_code("semvid", lambda: local.run(job.load(Path(sys.argv[1])), 2, waits)))
 """
 
 

@@ -28,11 +28,12 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from semvid.runtime import job, parts
-from semvid.runtime.generate import generate
+from semvid.runtime.jobs import job
+from semvid.runtime.jobs import checkpoint_files
+from semvid.runtime.jobs.generate import generate
 
 torch.set_num_threads(1)
-parts.BLOCK_BYTES = 1000
+checkpoint_files.BLOCK_BYTES = 1000
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
